@@ -37,6 +37,7 @@ def redirect_cuda_to_cpu() -> None:
         return
     for name in (*_FACTORIES, *_LIKE_FACTORIES):
         setattr(torch, name, _without_cuda_device(getattr(torch, name)))
+    _leave_uncompiled()
     _redirect_tensor_methods()
     _redirect_device_calls()
     _redirect_rng_state()
@@ -55,6 +56,21 @@ def _without_cuda_device(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) or (device is not None and torch.device(device).type == "cuda")
+
+
+def _leave_uncompiled() -> None:
+    """Import megatron-core without its ``torch.compile`` of fusions that the CPU does not use.
+
+    Naming a function to be compiled imports the compiler, which is a third of the start of a rank.
+    """
+    compile_function = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        from megatron.core import jit
+    finally:
+        torch.compile = compile_function
+    # For the modules that are imported later.
+    jit.disable_jit_fuser()
 
 
 def _redirect_tensor_methods() -> None:
