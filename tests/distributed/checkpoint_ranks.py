@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
@@ -46,7 +45,7 @@ from reflectron.engine.flops import decoder_shape, training_cost
 from reflectron.engine.model.parallelize import parallelize
 from reflectron.engine.optimizer import build_optimizer, shards_optimizer
 from reflectron.engine.parallel.cpu_backend import redirect_cuda_to_cpu
-from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups
+from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups, stop_process_groups
 from reflectron.engine.preparation import ModelInputs, read_model_inputs
 from reflectron.engine.train_step import train_step
 from reflectron.engine.trainer import load_model
@@ -139,8 +138,7 @@ def run_job(job: dict[str, Any]) -> None:
     result["steps"] = training.steps(3 - job.get("steps_while_saving", 0))
     if groups.is_main:
         Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
+    stop_process_groups()
 
 
 def save(checkpointer: Checkpointer, training: Training, steps_while_saving: int) -> list[list[float]]:
@@ -167,10 +165,10 @@ def save(checkpointer: Checkpointer, training: Training, steps_while_saving: int
 
 def rank_main(rank: int, processes: int, jobs: list[dict[str, Any]], rendezvous: Path) -> None:
     redirect_cuda_to_cpu()
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
-    for job in jobs:
+    for number, job in enumerate(jobs):
+        meeting = f"file://{rendezvous}_{number}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
         run_job(job)
-    dist.destroy_process_group()
 
 
 def main(plan: Path) -> None:

@@ -40,7 +40,6 @@ from reflectron.engine.preparation import ModelInputs, read_model_inputs
 
 redirect_cuda_to_cpu()
 
-from megatron.core import parallel_state  # noqa: E402
 
 from reflectron.engine.checkpoint.hf import gather_piece  # noqa: E402
 from reflectron.engine.checkpoint.hf_table import hf_pieces  # noqa: E402
@@ -49,7 +48,7 @@ from reflectron.engine.flops import decoder_shape, training_cost  # noqa: E402
 from reflectron.engine.model.gpt import PackedGPT  # noqa: E402
 from reflectron.engine.model.parallelize import gather_parameters, parallelize  # noqa: E402
 from reflectron.engine.optimizer import build_optimizer  # noqa: E402
-from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups  # noqa: E402
+from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups, stop_process_groups  # noqa: E402
 from reflectron.engine.train_step import forward_backward, reduce_terms, train_step  # noqa: E402
 from reflectron.engine.trainer import load_model  # noqa: E402
 
@@ -181,13 +180,12 @@ def save_pieces(
 
 
 def rank_main(rank: int, world_size: int, jobs: list[Job], rendezvous: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    for job in jobs:
-        groups = model_parallel_groups(job_config(job).parallel, torch.device("cpu"), seed=1)
-        run_job(job, groups)
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    # Groups that outlive their layout keep threads that look for messages a hundred times a second.
+    for number, job in enumerate(jobs):
+        meeting = f"file://{rendezvous}_{number}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+        run_job(job, model_parallel_groups(job_config(job).parallel, torch.device("cpu"), seed=1))
+        stop_process_groups()
 
 
 def main(plan: Path) -> None:

@@ -15,12 +15,10 @@ import torch
 import torch.distributed as dist
 from layout_ranks import Job, global_batch, golden_views, job_config, model_inputs
 
-from megatron.core import parallel_state  # isort: skip
-
 from reflectron.engine.data.views import SampleViews
 from reflectron.engine.model.parallelize import parallelize
 from reflectron.engine.optimizer import build_optimizer, shards_optimizer
-from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups
+from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups, stop_process_groups
 from reflectron.engine.train_step import train_step
 from reflectron.engine.trainer import load_model
 from reflectron.tools.planner import memory
@@ -118,13 +116,12 @@ def optimizer_tensors(optimizer: object) -> list[torch.Tensor]:
 
 
 def rank_main(rank: int, world_size: int, jobs: list[Job], rendezvous: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    for job in jobs:
-        groups = model_parallel_groups(job_config(job).parallel, torch.device("cpu"), seed=1)
-        run_job(job, groups)
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    # Groups that outlive their layout keep threads that look for messages a hundred times a second.
+    for number, job in enumerate(jobs):
+        meeting = f"file://{rendezvous}_{number}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+        run_job(job, model_parallel_groups(job_config(job).parallel, torch.device("cpu"), seed=1))
+        stop_process_groups()
 
 
 def main(plan: Path) -> None:
