@@ -184,7 +184,8 @@ class ParallelConfig:
     """What the backward computes again instead of keeping: ``full`` all of a layer from its input, ``selective`` what
     ``recompute_modules`` names."""
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """For ``selective``: ``core_attn`` (scores and values), ``mlp`` (most of what a layer keeps), or both."""
+    """For ``selective``: ``core_attn`` (rotated queries and keys, attended values), ``mlp`` (most of what a layer
+    keeps), or both."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -219,6 +220,30 @@ class ParallelConfig:
             ok = len(self.layers_per_stage) == stages * chunks and min(self.layers_per_stage) >= 1
             expected = f"{stages * chunks} positive numbers, one a {'stage' if chunks == 1 else 'chunk'}"
             _require(ok, "parallel.layers_per_stage", list(self.layers_per_stage), expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendsConfig:
+    """Which implementation computes what; ``auto`` takes the first of the list that works on the machine, the plain one
+    at its end always does. What a run took is printed at its start, and may change when it goes on."""
+
+    attention: Literal[
+        "auto",
+        "transformer_engine",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flash_attention_2",
+        "torch_varlen",
+        "sdpa",
+    ] = "auto"
+    """Attention of packed rows; ``sdpa`` is torch's scaled dot product, one call for each segment."""
+    layers: Literal["auto", "transformer_engine", "liger", "torch"] = "auto"
+    """Norms, rotation and SwiGLU; with transformer_engine the linear layers, too."""
+    weight_gradient: Literal["auto", "apex", "addmm", "torch"] = "auto"
+    """How a linear layer's weight gradient gets into its float32 sum over microbatches: ``torch`` makes the gradient
+    first and then adds it."""
+    adamw: Literal["auto", "transformer_engine", "apex", "torch_fused", "torch"] = "auto"
+    """AdamW's update; not used by Adafactor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,6 +436,8 @@ class Config:
     """Sizes of a step."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the work is spread over processes."""
+    backends: BackendsConfig = field(default_factory=BackendsConfig)
+    """Which implementations compute it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The update rule."""
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)

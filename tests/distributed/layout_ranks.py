@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import varlen_kernel
 from safetensors.torch import save_file
 
+from reflectron.engine.backends import Backends
 from reflectron.engine.config import (
     BatchConfig,
     Config,
@@ -117,10 +119,12 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
     needs no gathered parameters.
     """
     config, inputs, out = job_config(job), model_inputs(job["model"]), Path(job["out"])
+    backends = Backends(attention=job["layout"].get("attention", "sdpa"))
+    sys.modules["flash_attn"] = varlen_kernel
     batch = global_batch(job, config, inputs, groups)
     out.mkdir(parents=True, exist_ok=True)
 
-    chunks = load_model(config, inputs, groups, torch.float32)
+    chunks = load_model(config, inputs, groups, torch.float32, backends)
     wrapped = parallelize(
         chunks, dataclasses.replace(config.parallel, overlap_param_gather=None), shard_optimizer=False
     )
@@ -133,7 +137,7 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
         terms = reduce_terms(forward_backward(wrapped, groups, batch), batch, groups)
     save_pieces(chunks, "main_grad", inputs, groups, out / f"gradient_{groups.pipeline.rank()}.safetensors")
 
-    chunks = load_model(config, inputs, groups, torch.float32)
+    chunks = load_model(config, inputs, groups, torch.float32, backends)
     wrapped = parallelize(chunks, config.parallel, shard_optimizer=True)
     optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, shard=True)
     norms = []
