@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from reflectron.engine.data.microbatch import Segments
@@ -76,13 +75,12 @@ def sdpa(shape: AttentionShape) -> AttentionKernel:
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
         lengths, key_lengths = segments.query_lengths, segments.key_lengths
         attended = [
-            # A whole segment is plainly causal; for a part of one the kernels for CUDA make no mask, those for the CPU
-            # one of the size of the chunk.
             scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                causal_lower_right(q.shape[2], k.shape[2]),
+                None if shape.whole_segments else _ends_aligned(q.shape[2], k.shape[2]),
+                is_causal=shape.whole_segments,
                 scale=shape.softmax_scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
@@ -94,6 +92,14 @@ def sdpa(shape: AttentionShape) -> AttentionKernel:
         return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)
 
     return attend
+
+
+def _ends_aligned(queries: int, keys: int) -> torch.Tensor:
+    """The causal mask of the last queries of a segment: kernels for CUDA make none of it, those for the CPU all."""
+    # Brings torch's compiler along, which is a tenth of the start of a rank.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(queries, keys)
 
 
 def _by_segment(x: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
