@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from reflectron.tools.eval.decoding import Answer, Backend, Decoding, Prompt
-from reflectron.tools.eval.problems import DATASETS, Dataset, Problem, find_data, load_problems
+from reflectron.tools.eval.problems import (
+    Dataset,
+    Problem,
+    ProblemFile,
+    add_problem_arguments,
+    find_problems,
+    load_problems,
+)
 from reflectron.tools.eval.prompts import STYLES, Style, make_ask, render, solution, stop_strings
 from reflectron.tools.eval.rows import drop_unfinished_row, read_json_lines
 
@@ -31,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``eval generate`` and ``eval run`` have in common."""
     parser.add_argument("--model", required=True, help="checkpoint folder, or the name that the endpoint knows")
-    parser.add_argument("--dataset", required=True, choices=DATASETS)
-    parser.add_argument("--data", metavar="FILE", help="the problems, as published, .jsonl or .jsonl.gz")
+    add_problem_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
     parser.add_argument("--prompt", choices=STYLES, default="reflection", help="style (default: reflection)")
     parser.add_argument("--backend", choices=("transformers", "vllm", "endpoint"), default="transformers")
@@ -50,7 +56,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate what is missing in the file; returns 0."""
-    rows = generate(args, find_data(args.dataset, args.data), Path(args.out))
+    rows = generate(args, find_problems(args.dataset, args.data), Path(args.out))
     print(f"{rows} samples in {args.out}")
     return 0
 
@@ -62,21 +68,21 @@ class _Sample:
     prompt: Prompt
 
 
-def generate(args: argparse.Namespace, data: Path, out: Path) -> int:
+def generate(args: argparse.Namespace, file: ProblemFile, out: Path) -> int:
     """Write what is missing in ``out``; returns its rows.
 
     Raises:
         ValueError: when arguments contradict each other, or ``out`` holds samples of other settings.
     """
     _check(args)
-    problems = load_problems(args.dataset, data)[: args.limit]
+    problems = load_problems(file.dataset, file.path)[: args.limit]
     decoding = Decoding(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
-        stop=stop_strings(args.prompt, args.dataset),
+        stop=stop_strings(args.prompt, file.dataset),
     )
-    done = _written(out, _settings(args, data, decoding))
+    done = _written(out, _settings(args, file, decoding))
     missing = [
         (problem, number)
         for problem in problems
@@ -85,13 +91,13 @@ def generate(args: argparse.Namespace, data: Path, out: Path) -> int:
     ]
     if missing:
         backend = _backend(args)
-        texts = {p.task_id: _prompt_text(args.prompt, args.dataset, p, backend) for p, _ in missing}
+        texts = {p.task_id: _prompt_text(args.prompt, file.dataset, p, backend) for p, _ in missing}
         samples = [
             _Sample(p, number, Prompt(texts[p.task_id], _seed(args.seed, p.task_id, number))) for p, number in missing
         ]
-        with out.open("a", encoding="utf-8", buffering=1) as file:
+        with out.open("a", encoding="utf-8", buffering=1) as rows:
             for sample, answer in _answers(backend, samples, decoding, args.batch_size):
-                file.write(json.dumps(_row(args.prompt, args.dataset, sample, answer)) + "\n")
+                rows.write(json.dumps(_row(args.prompt, file.dataset, sample, answer)) + "\n")
     return len(done) + len(missing)
 
 
@@ -159,13 +165,13 @@ def _seed(seed: int, task_id: str, number: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _settings(args: argparse.Namespace, data: Path, decoding: Decoding) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, file: ProblemFile, decoding: Decoding) -> dict[str, Any]:
     """All that determines a sample, but its task and number."""
     return {
         "model": args.model,
         "weights": weights_identity(Path(args.model)),
-        "dataset": args.dataset,
-        "data (SHA-256)": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "dataset": file.dataset,
+        "data (SHA-256)": hashlib.sha256(file.path.read_bytes()).hexdigest(),
         "prompt": args.prompt,
         "backend": args.backend,
         "endpoint": [args.endpoint, json.loads(args.endpoint_body)] if args.endpoint else None,
