@@ -150,6 +150,15 @@ def test_differences_are_of_seeds_in_common() -> None:
     assert alone["no_kl"].less_full is None
 
 
+def test_tasks_are_paired_by_name_not_by_place() -> None:
+    full, other = row("full", 0, [1, 0, 0, 1]), row("no_kl", 0, [1, 0, 0, 1])
+    other["passed"] = {"base": dict(reversed(other["passed"]["base"].items()))}
+    same, moved = compare([full, row("no_kl", 0, [1, 0, 0, 1])], "base"), compare([full, other], "base")
+    assert moved["no_kl"] == same["no_kl"]
+    other["passed"]["base"] = {"own/0": 0, "own/1": 1, "own/2": 1, "own/3": 0}
+    assert compare([full, other], "base")["no_kl"].less_full != same["no_kl"].less_full
+
+
 def test_the_table_shows_the_rows(tmp_path: Path) -> None:
     rows = [
         row("full", 0, [1, 1, 0, 0], same_as=["upsampling_2"]),

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     first_failure = 0
     for number, one in enumerate(runs, 1):
         place = f"[{number}/{len(runs)}] {one}"
-        print(f"{place}: {' '.join(one.overrides) or 'the configuration as it stands'}", flush=True)
+        print(f"{place}: {one.folder}", flush=True)
         try:
             train(one)
             rows.append(evaluate(one, args))

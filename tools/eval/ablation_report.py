@@ -49,8 +49,8 @@ def compare(rows: Sequence[Row], suite: str) -> dict[str, Comparison]:
 
 
 def _matrix(by_seed: Mapping[int, Row], seeds: Sequence[int], suite: str) -> np.ndarray:
-    """What passed: [seeds, tasks]."""
-    tasks = list(by_seed[seeds[0]]["passed"][suite])
+    """What passed: [seeds, tasks], the tasks in the order of their names, for each row has them in its own."""
+    tasks = sorted(by_seed[seeds[0]]["passed"][suite])
     return np.array([[by_seed[seed]["passed"][suite][task] for task in tasks] for seed in seeds])
 
 
