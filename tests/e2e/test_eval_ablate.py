@@ -107,7 +107,6 @@ def test_a_killed_ablation_goes_on(command: list[str], tmp_path: Path, monkeypat
 
 def check_tokens(out: Path, rows: list[dict[str, Any]]) -> None:
     """What the plan counted before training is what the runs recorded; budgets differ by less than a step."""
-    os.chdir(ROOT)
     base = Base(CONFIG, SMALL, out)
     runs = plan(base, ["full", "no_reflection_data"], [0, 1], same_tokens=True, progress=False)
     for run, row in zip(runs, rows, strict=True):
