@@ -150,12 +150,12 @@ def row(variant: str, seed: int, passed: list[int], **more: Any) -> dict[str, An
 def test_differences_are_of_seeds_in_common() -> None:
     full = [row("full", 0, [1, 1, 0, 0]), row("full", 1, [1, 1, 1, 0])]
     found = compare([*full, row("no_kl", 1, [1, 0, 0, 0]), row("no_kl", 2, [0, 0, 0, 0])], "base")
-    assert found["full"].less_full is None
+    assert found["full"].minus_full is None
     assert found["no_kl"].passed.value == 1 / 8
-    assert found["no_kl"].less_full is not None
-    assert found["no_kl"].less_full.value == -2 / 4
+    assert found["no_kl"].minus_full is not None
+    assert found["no_kl"].minus_full.value == -2 / 4
     alone = compare([full[0], row("no_kl", 5, [1, 0, 0, 0])], "base")
-    assert alone["no_kl"].less_full is None
+    assert alone["no_kl"].minus_full is None
 
 
 def test_tasks_are_paired_by_name_not_by_place() -> None:
@@ -164,7 +164,7 @@ def test_tasks_are_paired_by_name_not_by_place() -> None:
     same, moved = compare([full, row("no_kl", 0, [1, 0, 0, 1])], "base"), compare([full, other], "base")
     assert moved["no_kl"] == same["no_kl"]
     other["passed"]["base"] = {"own/0": 0, "own/1": 1, "own/2": 1, "own/3": 0}
-    assert compare([full, other], "base")["no_kl"].less_full != same["no_kl"].less_full
+    assert compare([full, other], "base")["no_kl"].minus_full != same["no_kl"].minus_full
 
 
 def test_the_table_shows_the_rows(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_the_table_shows_the_rows(tmp_path: Path) -> None:
     write_report(tmp_path, rows, config="run.yaml", same_tokens=True)
     page = (tmp_path / "ablation.md").read_text()
     assert "# Ablation of run.yaml on mine.jsonl, 4 tasks" in page
-    assert "| variant | seeds | mine.jsonl, % | less full, points | tokens | samples | steps | last loss |" in page
+    assert "| variant | seeds | mine.jsonl, % | minus full, points | tokens | samples | steps | last loss |" in page
     # Wilson's interval of 2 in 4.
     assert "| full, upsampling_2 | 2 | 50.0 (15.0 to 85.0) |  | 1,000 | 64 | 4 | 2.500 |" in page
     assert "| no_kl | 1 | 25.0 (4.6 to 69.9) | -25.0 (" in page
