@@ -25,7 +25,7 @@ DATA = [
 SERVER = ["fastapi>=0.110,<1", "uvicorn>=0.29,<1", "accelerate>=1,<2"]
 # Exactly: its verdicts are what published numbers are made of, and its judge is called from inside.
 # It holds protobuf below 6, with which later releases of sentencepiece cannot be imported, though they do not say so.
-EVAL = ["evalplus==0.3.1", "openai>=2,<4", "sentencepiece>=0.2,<0.2.1"]
+EVAL = ["evalplus==0.3.1", "openai>=2,<4", "scipy>=1.10,<2", "sentencepiece>=0.2,<0.2.1"]
 ROOMS = ("engine", "kernels", "tools")
 
 

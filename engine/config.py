@@ -110,7 +110,7 @@ class LossConfig:
     ce_teacher_weight: float = 1.0
     """Factor of the teacher's and the generation samples' cross entropy."""
     ce_student_weight: float = 1.0
-    """Factor of the student's cross entropy."""
+    """Factor of the student's cross entropy; the rows of a cross entropy with factor 0 do not count in a mean."""
     kl_weight: float = 1.0
     """Factor of the divergence between teacher and student."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"

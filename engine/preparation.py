@@ -157,6 +157,13 @@ def sample_order(store: TokenStore, files: tuple[DataFile, ...], seed: int) -> S
     return SampleOrder(np.array([file.repeat for file in files])[store.file_index], seed)
 
 
+def run_length(config: Config, order: SampleOrder) -> tuple[int, float | None]:
+    """Steps of a run, and the epochs after which its last batch stops short; None where a number of steps ends it."""
+    if config.train.steps:
+        return config.train.steps, None
+    return order.total_steps(config.train.epochs, config.batch.global_batch_size), config.train.epochs
+
+
 def store_folder(config: Config, part: str) -> Path:
     """Where the token store of ``train`` or ``validation`` is."""
     return Path(config.data.store_dir or Path(config.output_dir) / "token_store") / part

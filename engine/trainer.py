@@ -40,7 +40,7 @@ from reflectron.engine.nonfinite import Finding, find_nonfinite
 from reflectron.engine.optimizer import build_optimizer, shards_optimizer
 from reflectron.engine.parallel.process_groups import ParallelGroups
 from reflectron.engine.parallel.stop_signals import stop_on_signals
-from reflectron.engine.preparation import ModelInputs, RunInputs, sample_order
+from reflectron.engine.preparation import ModelInputs, RunInputs, run_length, sample_order
 from reflectron.engine.train_step import LossTerms, StepResult, train_step
 from reflectron.engine.validation import validate
 
@@ -95,8 +95,7 @@ class Trainer:
         shape, parallel = decoder_shape(self.arch, config), config.parallel
         self.cost = training_cost(shape, parallel.recompute, parallel.recompute_modules)
         order = sample_order(inputs.train, config.data.train, config.seed)
-        epochs = None if config.train.steps else config.train.epochs
-        self.total_steps = config.train.steps or order.total_steps(config.train.epochs, config.batch.global_batch_size)
+        self.total_steps, epochs = run_length(config, order)
         self.batches = GlobalBatches(
             inputs.train,
             order,

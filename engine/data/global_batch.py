@@ -85,6 +85,19 @@ class GlobalBatch:
     """Weights by term."""
 
 
+def views_of_step(
+    store: TokenStore, order: SampleOrder, config: Config, step: int, total_steps: int, epochs: float | None
+) -> list[SampleViews]:
+    """What the model sees in 0-based ``step`` of a run, sample by sample; arguments as for ``GlobalBatches``."""
+    rate = mask_rate(step, total_steps)
+
+    def views(ref: SampleRef) -> SampleViews:
+        sample = store[ref.sample]
+        return make_views(sample, visible_tokens(sample, config.mask, rate, mask_generator(config.seed, ref)))
+
+    return [views(ref) for ref in order.global_batch(step, config.batch.global_batch_size, epochs)]
+
+
 def assemble(
     views: Sequence[SampleViews],
     config: Config,
@@ -189,9 +202,8 @@ class GlobalBatches:
             ValueError: when the token store was changed meanwhile.
         """
         self.store.check_unchanged()
-        refs = self.order.global_batch(step, self.config.batch.global_batch_size, self.epochs)
         rate = mask_rate(step, self.total_steps)
-        views = [self._views(ref, rate) for ref in refs]
+        views = views_of_step(self.store, self.order, self.config, step, self.total_steps, self.epochs)
         whole = assemble(views, self.config, self.cost, rate, self.data_parallel_rank, self.data_parallel_size)
         self.store.check_unchanged()
         return share_of_batch(whole, self.context_parallel_rank, self.context_parallel_size)
@@ -211,7 +223,3 @@ class GlobalBatches:
                 if step + 1 < self.total_steps:
                     following = executor.submit(self.batch, step + 1)
                 yield current
-
-    def _views(self, ref: SampleRef, rate: float) -> SampleViews:
-        sample = self.store[ref.sample]
-        return make_views(sample, visible_tokens(sample, self.config.mask, rate, mask_generator(self.config.seed, ref)))

@@ -103,16 +103,20 @@ def row_weights(views: Sequence[SampleViews], loss: LossConfig) -> list[SampleWe
     """Weights under which the sum over all rows of a global batch is its loss.
 
     ``sample``: the mean over samples of (sum of both cross entropies / their rows + divergence / its rows), as
-    ReflectionCoder trains with one sample per device. ``token``: each term's mean over all its rows in the batch.
+    ReflectionCoder trains with one sample per device. ``token``: each term's mean over all its rows in the batch. Rows
+    of a cross entropy with factor 0 do not count: without the student's, what is left is plain next-token prediction.
     """
+    ce_rows = [
+        v.ce_teacher_rows * bool(loss.ce_teacher_weight) + v.ce_student_rows * bool(loss.ce_student_weight)
+        for v in views
+    ]
+    kl_rows = [v.kl_rows for v in views]
     if loss.weighting == "token":
-        ce_rows = sum(v.ce_teacher_rows + v.ce_student_rows for v in views)
-        kl_rows = sum(v.kl_rows for v in views)
-        return [_scaled(loss, 1 / ce_rows, 1 / max(kl_rows, 1))] * len(views)
+        return [_scaled(loss, 1 / max(sum(ce_rows), 1), 1 / max(sum(kl_rows), 1))] * len(views)
     samples = len(views)
     return [
-        _scaled(loss, 1 / (samples * (v.ce_teacher_rows + v.ce_student_rows)), 1 / (samples * max(v.kl_rows, 1)))
-        for v in views
+        _scaled(loss, 1 / (samples * max(ce, 1)), 1 / (samples * max(kl, 1)))
+        for ce, kl in zip(ce_rows, kl_rows, strict=True)
     ]
 
 

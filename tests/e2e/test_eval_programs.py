@@ -1,11 +1,14 @@
-"""MultiPL-E in the languages of this machine, and DS-1000: right programs pass with their tests, others do not."""
+"""MultiPL-E in the languages of this machine, DS-1000, problems of one's own: right programs pass, others do not."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from reflectron.tools.cli import main
 from reflectron.tools.eval.problems import Problem
 from reflectron.tools.eval.programs import judge_program, missing_toolchains
 
@@ -71,6 +74,39 @@ def test_ds1000() -> None:
         for code in ("result = np.array([1, 2])", "result = np.array([1])", "for i in (1,): result = np.array([1, 2])")
     ]
     assert judged == ["pass", "fail", "fail"]
+
+
+OWN = {
+    "task_id": "own/0",
+    "prompt": 'def add(a, b):\n    """The sum of a and b."""\n',
+    "entry_point": "add",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n",
+}
+ANSWERS = {
+    "def add(a, b):\n    return a + b": "pass",
+    "def add(a, b):\n    return 3": "fail",
+    "def add(a, b):\n    return a + b\nimport sys; sys.exit(0)": "fail",
+    "def add(a, b):\n    import os; os._exit(0)": "fail",
+    "def add(a, b):\n    while True: pass": "timeout",
+    "def add(a": "fail",
+    "# \ud800": "fail",
+}
+
+
+@pytest.mark.slow
+def test_problems_of_ones_own(tmp_path: Path) -> None:
+    problems, completions, out = tmp_path / "mine.jsonl", tmp_path / "answers.jsonl", tmp_path / "score.json"
+    rows = [OWN | {"task_id": f"own/{number}"} for number in range(len(ANSWERS))]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [{"task_id": f"own/{n}", "solution": OWN["prompt"] + code} for n, code in enumerate(ANSWERS)]
+    completions.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    words = ["eval", "score", str(completions), "--dataset", str(problems), "--min-time-limit", "1", "--json", str(out)]
+    assert main(words) == 0
+    score = json.loads(out.read_text())
+    assert (score["dataset"], score["pass_at_1"]) == ("mine.jsonl", {"base": pytest.approx(1 / len(ANSWERS))})
+    statuses = {row["task_id"]: row["base"] for row in score["failed"]}
+    assert [statuses.get(f"own/{n}", "pass") for n in range(len(ANSWERS))] == list(ANSWERS.values())
+    assert "ended before its check did" in score["failed"][1]["got"]
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from reflectron.tools.eval.problems import Problem
-from reflectron.tools.eval.prompts import definitions, first_fence, make_ask, reflection_code, render, solution
+from reflectron.tools.eval.prompts import (
+    STYLES,
+    Style,
+    definitions,
+    first_fence,
+    make_ask,
+    reflection_code,
+    render,
+    solution,
+    stop_strings,
+)
 
 HUMANEVAL = Problem("HumanEval/0", "\ndef add(a, b):\n    '''Add.'''\n", "add", {})
 MBPP = Problem("Mbpp/1", '"""\nWrite a function to add.\nassert add(1, 2) == 3\n"""\n', "add", {})
@@ -28,6 +38,18 @@ def test_reflection_prompts_are_the_papers() -> None:
     rust = render("reflection", make_ask("reflection", "multipl-e", multipl_e("rs", [])), None)
     assert rust.startswith("<|user|><|text|>Write a complete Rust function for the problem.\n\nf(a) {<|endofblock|>")
     assert rust.endswith("<|assistant|><|text|>```rust\nf(a) {\n")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_problems_of_ones_own_are_asked_and_answered_as_humanevals(style: Style) -> None:
+    raw = (
+        "```python\ndef add(a, b):\n    return a + b\n```" if style == "chat" else "    return a + b\n```\ndef main():"
+    )
+    assert make_ask(style, "functions", HUMANEVAL) == make_ask(style, "humaneval", HUMANEVAL)
+    assert stop_strings(style, "functions") == stop_strings(style, "humaneval")
+    program = solution(style, "functions", HUMANEVAL, raw)
+    assert program == solution(style, "humaneval", HUMANEVAL, raw)
+    assert "return a + b" in program
 
 
 def test_magicoder_prompts_are_the_papers() -> None:

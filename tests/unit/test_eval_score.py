@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from reflectron.tools.eval.answers import DataUnpickler
-from reflectron.tools.eval.problems import find_data, load_problems
+from reflectron.tools.eval.problems import find_data, find_problems, load_problems
 from reflectron.tools.eval.score import Sample, describe, read_samples, summarize
 from reflectron.tools.eval.verdict import Verdict
 
@@ -24,6 +24,7 @@ def test_plus_counts_what_passes_both() -> None:
     result = summarize("humaneval", samples, [(PASS, PASS), (PASS, FAIL), (FAIL, PASS), (FAIL, FAIL)])
     assert result["pass_at_1"] == {"base": 0.5, "plus": 0.25}
     assert result["n_passed"] == {"base": 2, "plus": 1}
+    assert result["passed"]["plus"] == {"HumanEval/0": 1, "HumanEval/1": 0, "HumanEval/2": 0, "HumanEval/3": 0}
     assert [(f["task_id"], f["suite"]) for f in result["failed"]] == [
         ("HumanEval/1", "plus"),
         ("HumanEval/2", "base"),
@@ -101,3 +102,35 @@ def test_answers_that_would_run_code_are_refused() -> None:
         DataUnpickler(io.BytesIO(pickle.dumps(Evil()))).load()
     plain = {"a": [1, 2.5, (None, True)], (3, 4): {5, 6}, "z": 1 + 2j}
     assert DataUnpickler(io.BytesIO(pickle.dumps(plain))).load() == plain
+
+
+OWN = {"task_id": "own/0", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(candidate):\n    pass\n"}
+
+
+def test_a_file_of_ones_own_is_a_set_of_problems(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(OWN) + "\n")
+    found = find_problems(str(file), None)
+    assert (found.name, found.dataset, found.path) == ("mine.jsonl", "functions", file)
+    (problem,) = load_problems(found.dataset, found.path)
+    assert (problem.task_id, problem.entry_point) == ("own/0", "f")
+    with pytest.raises(ValueError, match="--data is x, expected none"):
+        find_problems(str(file), "x")
+    with pytest.raises(ValueError, match="--dataset is 'humanevil', expected one of humaneval, mbpp"):
+        find_problems("humanevil", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"test": "assert f(1) == 1"}, r"mine.jsonl:1 has a 'test' without `def check\(candidate\)`"),
+        ({"test": ["assert"]}, "mine.jsonl:1 has 'test' of type list, expected text"),
+        ({"test": None, "tests": ""}, "mine.jsonl:1 has 'test' of type NoneType"),
+        ({"entry_point": "f(x)"}, r"has entry_point 'f\(x\)', expected a function's name"),
+    ],
+)
+def test_mistakes_in_ones_own_problems(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(OWN | change) + "\n")
+    with pytest.raises(ValueError, match=said):
+        load_problems("functions", file)

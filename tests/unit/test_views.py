@@ -175,3 +175,16 @@ def test_factors_of_the_terms(samples: dict[str, TokenizedSample], weighting: st
         assert after.ce_teacher == before.ce_teacher * 0.5
         assert after.ce_student == before.ce_student * 2
         assert after.kl == 0
+
+
+@pytest.mark.parametrize("weighting", ["sample", "token"])
+def test_without_the_students_terms_a_reflection_sample_is_plain_text(
+    samples: dict[str, TokenizedSample], weighting: str
+) -> None:
+    views = [views_of(samples[name]) for name in ("g_00", "r_tce_simple", "r_two_repeats")]
+    loss = LossConfig(weighting=weighting, ce_student_weight=0.0, kl_weight=0.0)  # type: ignore[arg-type]
+    weights = row_weights(views, loss)
+    assert all(w.ce_student == w.kl == 0 for w in weights)
+    rows = [v.ce_teacher_rows for v in views]
+    of_text = [1 / (3 * n) for n in rows] if weighting == "sample" else [1 / sum(rows)] * 3
+    assert [w.ce_teacher for w in weights] == pytest.approx(of_text)

@@ -185,10 +185,10 @@ def _step_stats(
     """Steps of the run, and the stats of those that are looked at."""
     from reflectron.engine.data.global_batch import GlobalBatches
     from reflectron.engine.data.packing import CostModel
+    from reflectron.engine.preparation import run_length
 
     size = config.batch.global_batch_size
-    epochs = None if config.train.steps else config.train.epochs
-    total_steps = config.train.steps or order.total_steps(config.train.epochs, size)
+    total_steps, epochs = run_length(config, order)
     replicas = config.parallel.data_parallel_size or 1
     batches = GlobalBatches(
         store,

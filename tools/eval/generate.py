@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from reflectron.tools.eval.decoding import Answer, Backend, Decoding, Prompt
-from reflectron.tools.eval.problems import DATASETS, Dataset, Problem, find_data, load_problems
+from reflectron.tools.eval.problems import (
+    Dataset,
+    Problem,
+    ProblemFile,
+    add_problem_arguments,
+    find_problems,
+    load_problems,
+)
 from reflectron.tools.eval.prompts import STYLES, Style, make_ask, render, solution, stop_strings
 from reflectron.tools.eval.rows import drop_unfinished_row, read_json_lines
 
@@ -31,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``eval generate`` and ``eval run`` have in common."""
     parser.add_argument("--model", required=True, help="checkpoint folder, or the name that the endpoint knows")
-    parser.add_argument("--dataset", required=True, choices=DATASETS)
-    parser.add_argument("--data", metavar="FILE", help="the problems, as published, .jsonl or .jsonl.gz")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    add_answer_arguments(parser)
     parser.add_argument("--prompt", choices=STYLES, default="reflection", help="style (default: reflection)")
     parser.add_argument("--backend", choices=("transformers", "vllm", "endpoint"), default="transformers")
     parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1")
@@ -42,6 +47,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``eval ablate`` has in common with them."""
+    add_problem_arguments(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once; endpoint: requests")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -50,7 +61,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate what is missing in the file; returns 0."""
-    rows = generate(args, find_data(args.dataset, args.data), Path(args.out))
+    rows = generate(args, find_problems(args.dataset, args.data), Path(args.out))
     print(f"{rows} samples in {args.out}")
     return 0
 
@@ -62,21 +73,16 @@ class _Sample:
     prompt: Prompt
 
 
-def generate(args: argparse.Namespace, data: Path, out: Path) -> int:
+def generate(args: argparse.Namespace, file: ProblemFile, out: Path) -> int:
     """Write what is missing in ``out``; returns its rows.
 
     Raises:
         ValueError: when arguments contradict each other, or ``out`` holds samples of other settings.
     """
     _check(args)
-    problems = load_problems(args.dataset, data)[: args.limit]
-    decoding = Decoding(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        stop=stop_strings(args.prompt, args.dataset),
-    )
-    done = _written(out, _settings(args, data, decoding))
+    problems = load_problems(file.dataset, file.path)[: args.limit]
+    decoding = _decoding(args, file)
+    done = _written(out, generation_settings(args, file))
     missing = [
         (problem, number)
         for problem in problems
@@ -85,13 +91,13 @@ def generate(args: argparse.Namespace, data: Path, out: Path) -> int:
     ]
     if missing:
         backend = _backend(args)
-        texts = {p.task_id: _prompt_text(args.prompt, args.dataset, p, backend) for p, _ in missing}
+        texts = {p.task_id: _prompt_text(args.prompt, file.dataset, p, backend) for p, _ in missing}
         samples = [
             _Sample(p, number, Prompt(texts[p.task_id], _seed(args.seed, p.task_id, number))) for p, number in missing
         ]
-        with out.open("a", encoding="utf-8", buffering=1) as file:
+        with out.open("a", encoding="utf-8", buffering=1) as rows:
             for sample, answer in _answers(backend, samples, decoding, args.batch_size):
-                file.write(json.dumps(_row(args.prompt, args.dataset, sample, answer)) + "\n")
+                rows.write(json.dumps(_row(args.prompt, file.dataset, sample, answer)) + "\n")
     return len(done) + len(missing)
 
 
@@ -104,6 +110,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--backend endpoint and --endpoint URL belong together")
     if args.backend == "endpoint" and args.bos:
         raise ValueError("--bos cannot be asked of an endpoint: its own tokenizer decides")
+
+
+def _decoding(args: argparse.Namespace, file: ProblemFile) -> Decoding:
+    return Decoding(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        stop=stop_strings(args.prompt, file.dataset),
+    )
 
 
 def _backend(args: argparse.Namespace) -> Backend:
@@ -159,13 +174,14 @@ def _seed(seed: int, task_id: str, number: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _settings(args: argparse.Namespace, data: Path, decoding: Decoding) -> dict[str, Any]:
+def generation_settings(args: argparse.Namespace, file: ProblemFile) -> dict[str, Any]:
     """All that determines a sample, but its task and number."""
+    decoding = _decoding(args, file)
     return {
         "model": args.model,
         "weights": weights_identity(Path(args.model)),
-        "dataset": args.dataset,
-        "data (SHA-256)": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "dataset": file.dataset,
+        "data (SHA-256)": hashlib.sha256(file.path.read_bytes()).hexdigest(),
         "prompt": args.prompt,
         "backend": args.backend,
         "endpoint": [args.endpoint, json.loads(args.endpoint_body)] if args.endpoint else None,

@@ -1,11 +1,13 @@
-"""A benchmark's file comes in, its problems go out in the file's order.
+"""A file of problems comes in, its problems go out in the file's order.
 
-Files are read as they are published: HumanEval+ and MBPP+ by evalplus, MultiPL-E by nuprl (rows name their language),
-DS-1000 in the simplified format of April 2024. Nothing is downloaded.
+Benchmarks are read as they are published: HumanEval+ and MBPP+ by evalplus, MultiPL-E by nuprl (rows name their
+language), DS-1000 in the simplified format of April 2024. A file of one's own holds functions to be written, in the
+fields of OpenAI's HumanEval. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,10 @@ from typing import Any, Literal, get_args
 
 from reflectron.tools.eval.rows import read_json_lines
 
-Dataset = Literal["humaneval", "mbpp", "multipl-e", "ds1000"]
-DATASETS: tuple[Dataset, ...] = get_args(Dataset)
+Benchmark = Literal["humaneval", "mbpp", "multipl-e", "ds1000"]
+Dataset = Literal[Benchmark, "functions"]
+"""``functions`` is what a file of one's own holds."""
+BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
 
 _EVALPLUS_FIELDS = ("prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 _FIELDS: dict[Dataset, tuple[str, ...]] = {
@@ -22,6 +26,7 @@ _FIELDS: dict[Dataset, tuple[str, ...]] = {
     "mbpp": ("task_id", *_EVALPLUS_FIELDS),
     "multipl-e": ("name", "language", "prompt", "tests", "stop_tokens"),
     "ds1000": ("prompt", "code_context", "metadata"),
+    "functions": ("task_id", "prompt", "entry_point", "test"),
 }
 # The names that evalplus itself reads, and the files that it downloads into its cache.
 _EVALPLUS_VARIABLE = {"humaneval": "HUMANEVAL_OVERRIDE_PATH", "mbpp": "MBPP_OVERRIDE_PATH"}
@@ -29,8 +34,18 @@ _EVALPLUS_FILE = {"humaneval": "HumanEvalPlus-v0.1.10.jsonl", "mbpp": "MbppPlus-
 
 
 @dataclass(frozen=True)
+class ProblemFile:
+    """Where problems are, and of which kind."""
+
+    name: str
+    """What they are called in tables and results: the benchmark, or the file's name."""
+    dataset: Dataset
+    path: Path
+
+
+@dataclass(frozen=True)
 class Problem:
-    """One task of a benchmark."""
+    """One task."""
 
     task_id: str
     """As published; ``DS-1000/<n>`` where the data set only numbers its problems."""
@@ -43,15 +58,20 @@ class Problem:
 
 
 def load_problems(dataset: Dataset, path: Path) -> list[Problem]:
-    """Read a benchmark's file, plain or ``.gz``.
+    """Read a file of problems, plain or ``.gz``.
 
     Raises:
-        ValueError: naming the file and line of a row that is not this benchmark's, or a task that comes twice.
+        ValueError: naming the file and line of a row that is not of this data set, or a task that comes twice.
     """
     problems: dict[str, Problem] = {}
     for number, row in read_json_lines(path):
         if missing := [name for name in _FIELDS[dataset] if name not in row]:
-            raise ValueError(f"{path}:{number} has no {missing[0]!r}, expected a row of {dataset} as it is published")
+            expected = f"the fields {', '.join(_FIELDS[dataset])}"
+            if dataset != "functions":
+                expected = f"a row of {dataset} as it is published"
+            raise ValueError(f"{path}:{number} has no {missing[0]!r}, expected {expected}")
+        if dataset == "functions":
+            _check_function(row, f"{path}:{number}")
         problem = _problem(dataset, row)
         if problem.task_id in problems:
             raise ValueError(f"{path}:{number} repeats task {problem.task_id}")
@@ -59,6 +79,16 @@ def load_problems(dataset: Dataset, path: Path) -> list[Problem]:
     if not problems:
         raise ValueError(f"{path} holds no problem")
     return list(problems.values())
+
+
+def _check_function(row: dict[str, Any], where: str) -> None:
+    for name in _FIELDS["functions"]:
+        if not isinstance(row[name], str):
+            raise ValueError(f"{where} has {name!r} of type {type(row[name]).__name__}, expected text")
+    if not row["entry_point"].isidentifier():
+        raise ValueError(f"{where} has entry_point {row['entry_point']!r}, expected a function's name")
+    if "def check(" not in row["test"]:
+        raise ValueError(f"{where} has a 'test' without `def check(candidate)`, which every sample would fail")
 
 
 def _problem(dataset: Dataset, row: dict[str, Any]) -> Problem:
@@ -69,7 +99,32 @@ def _problem(dataset: Dataset, row: dict[str, Any]) -> Problem:
     return Problem(row["task_id"], row["prompt"], row["entry_point"], row)
 
 
-def find_data(dataset: Dataset, given: str | None) -> Path:
+def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--dataset`` and ``--data``, for ``find_problems``."""
+    parser.add_argument(
+        "--dataset", required=True, metavar="NAME|FILE", help=f"{', '.join(BENCHMARKS)}, or a file of your own"
+    )
+    parser.add_argument("--data", metavar="FILE", help="a benchmark's problems, as published, .jsonl or .jsonl.gz")
+
+
+def find_problems(named: str, data: str | None) -> ProblemFile:
+    """The file that ``--dataset`` and ``--data`` mean.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    for benchmark in BENCHMARKS:
+        if named == benchmark:
+            return ProblemFile(benchmark, benchmark, find_data(benchmark, data))
+    if not Path(named).is_file():
+        known = ", ".join(BENCHMARKS)
+        raise ValueError(f"--dataset is {named!r}, expected one of {known}, or a file with HumanEval's fields")
+    if data:
+        raise ValueError(f"--data is {data}, expected none: --dataset {named} is a file itself")
+    return ProblemFile(Path(named).name, "functions", Path(named))
+
+
+def find_data(dataset: Benchmark, given: str | None) -> Path:
     """The benchmark's file: the one given, else evalplus's environment variable, else evalplus's download.
 
     Raises:

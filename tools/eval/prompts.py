@@ -26,8 +26,10 @@ _BLOCK_TAGS = ("<|text|>", "<|code|>", "<|endofblock|>", "<|endofmessage|>")
 # What models append to the function that was asked for (ReflectionCoder).
 _AFTER_FUNCTION = ("\n# Test", "\nif", "\nassert", "\nprint", f"\n{FENCE}")
 # Where a base model goes on to the next top-level statement (evalplus 0.3.1, provider/utility.py).
+_NEXT_DEFINITION = ("\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert ")
 _NEXT_STATEMENT = {
-    "humaneval": ("\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert "),
+    "humaneval": _NEXT_DEFINITION,
+    "functions": _NEXT_DEFINITION,
     "mbpp": ('\n"""', "\nassert"),
 }
 _BEFORE_MAIN = {"cpp": ("\nint main",), "rs": ("\nfn main()",)}

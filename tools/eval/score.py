@@ -1,4 +1,4 @@
-"""``reflectron eval score``: completions of HumanEval+ or MBPP+ in, pass@k as evalplus 0.3.1 counts it out.
+"""``reflectron eval score``: completions in, pass@k out; of HumanEval+ and MBPP+ as evalplus 0.3.1 counts it.
 
 Nothing is downloaded and nothing of an earlier run is taken for a result: only expected answers are kept, by content.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from reflectron.tools.eval.problems import Problem, find_data, load_problems
+from reflectron.tools.eval.problems import Problem, ProblemFile, add_problem_arguments, find_problems, load_problems
 from reflectron.tools.eval.rows import read_json_lines, write_text
 from reflectron.tools.eval.verdict import SUITES, Verdict
 from reflectron.tools.sandbox.process import SandboxKind, add_sandbox_arguments, choose_sandbox
@@ -43,6 +43,8 @@ class Score(TypedDict):
     """By k, as far as every task has k samples: the unbiased estimator of the Codex paper (arXiv 2107.03374)."""
     n_passed: dict[str, int]
     """Samples."""
+    passed: dict[str, dict[str, int]]
+    """Samples of each task, by suite."""
     failed: list[dict[str, Any]]
     """Every sample that does not pass plus, with its first failing input."""
 
@@ -60,8 +62,7 @@ class Sample:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.add_argument("completions", metavar="FILE", help="JSONL: task_id and solution, or completion of the prompt")
-    parser.add_argument("--dataset", required=True, choices=("humaneval", "mbpp"))
-    parser.add_argument("--data", metavar="FILE", help="HumanEval+ or MBPP+ as evalplus publishes it, .jsonl(.gz)")
+    add_problem_arguments(parser)
     parser.add_argument("--partial", action="store_true", help="score the tasks that the file has, and no others")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     add_scoring_arguments(parser)
@@ -73,15 +74,17 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-time-limit", type=float, default=10.0, metavar="S", help="CPU seconds an input has at least (10)"
     )
+    parser.add_argument("--javatuples", metavar="JAR", help="javatuples-1.2.jar, for MultiPL-E's Java problems")
     add_sandbox_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; returns 0 whatever the score is."""
-    kind = choose_sandbox(args.sandbox, args.i_understand)
-    problems = load_problems(args.dataset, find_data(args.dataset, args.data))
+    kind, limits = choose_sandbox(args.sandbox, args.i_understand), scoring_limits(args)
+    file = find_problems(args.dataset, args.data)
+    problems = load_problems(file.dataset, file.path)
     samples = read_samples(Path(args.completions), problems, partial=args.partial)
-    result = score(args.dataset, problems, samples, scoring_limits(args), kind, args.workers)
+    result = score_samples(args, file, problems, samples, limits, kind)
     print(describe(result))
     if args.json:
         write_text(Path(args.json), json.dumps(result, indent=2) + "\n")
@@ -130,6 +133,30 @@ def read_samples(path: Path, problems: Sequence[Problem], *, partial: bool) -> l
             "--partial scores the others"
         )
     return samples
+
+
+def score_samples(
+    args: argparse.Namespace,
+    file: ProblemFile,
+    problems: Sequence[Problem],
+    samples: Sequence[Sample],
+    limits: JudgeLimits,
+    kind: SandboxKind,
+) -> Score:
+    """Judge every sample as its data set asks for; ``args`` are those of ``add_scoring_arguments``.
+
+    Raises:
+        ValueError: when no toolchain for the samples is installed.
+    """
+    if file.dataset in ("humaneval", "mbpp"):
+        return score(file.dataset, problems, samples, limits, kind, args.workers)
+    from reflectron.tools.eval.programs import ProgramLimits, score_programs
+
+    java_classes = Path(args.javatuples) if args.javatuples else None
+    if java_classes is not None and not java_classes.is_file():
+        raise ValueError(f"{java_classes} is not a file (--javatuples)")
+    program_limits = ProgramLimits(check_seconds=limits.input_seconds, java_classes=java_classes)
+    return score_programs(file, problems, samples, program_limits, kind, args.workers)
 
 
 def score(
@@ -201,6 +228,7 @@ def summarize(dataset: str, samples: Sequence[Sample], verdicts: Sequence[Sequen
         pass_at_1=at_k["1"],
         pass_at_k=at_k,
         n_passed={suite: sum(good) for suite, good in counts.items()},
+        passed=passed,
         failed=failed,
     )
 
@@ -223,7 +251,8 @@ def describe(result: Score) -> str:
 
 def suite_name(dataset: str, suite: str) -> str:
     """What a suite of a data set is called in tables."""
-    name = {"humaneval": "HumanEval", "mbpp": "MBPP", "multipl-e": "MultiPL-E", "ds1000": "DS-1000"}[dataset]
+    names = {"humaneval": "HumanEval", "mbpp": "MBPP", "multipl-e": "MultiPL-E", "ds1000": "DS-1000"}
+    name = names.get(dataset, dataset)
     return f"{name}+" if suite == "plus" else name
 
 
