@@ -71,7 +71,16 @@ setup(
     extras_require={
         # Triton as torch's CUDA builds pin it: newer ones are compiled and tuned for with the torch that brings them.
         # ruff and mypy up to what the code was written with, or their next release breaks an unchanged project.
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.6,<0.18", "mypy>=1.10,<2.5", "triton>=3.4,<3.8", *DATA, *EVAL, *SERVER],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.6,<0.18",
+            "mypy>=1.10,<2.5",
+            "triton>=3.4,<3.8",
+            *DATA,
+            *EVAL,
+            *SERVER,
+        ],
         "data": DATA,
         "eval": EVAL,
         "wandb": ["wandb"],
