@@ -1,15 +1,17 @@
 """The decoder: megatron-core's ``GPTModel`` on packed rows, ending in the distillation loss instead of logits.
 
 ``build_chunks`` returns the parts of the model that this rank holds, several when the pipeline is interleaved. Full
-logits never leave the model, because they
-never exist: the last stage hands its hidden states and the output weight to an ``OutputProcessor``.
+logits never leave the model, because they never exist: the last stage hands its hidden states and the output weight to
+an ``OutputProcessor``.
 
 T tokens of a pack, H hidden, V padded vocabulary, D width of a head.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +26,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from reflectron.engine.backends import Backends
 from reflectron.engine.config import ParallelConfig
 from reflectron.engine.model.attention import PackedCausalAttention, PackedRows
 from reflectron.engine.model.families import CHECKPOINT_NAMES, Architecture, check_parallel, layers_per_stage
 from reflectron.engine.model.norm import RMSNorm
-from reflectron.engine.model.rope import attention_factor, inverse_frequencies, rotary_angles
+from reflectron.engine.model.rope import inverse_frequencies, rotary_tables, softmax_scale
 
 # (hidden states [T, 1, H] or this rank's share of T, output weight [V / tp, H], context) -> result of the last stage
 OutputProcessor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
@@ -50,13 +53,17 @@ class PackedGPT(GPTModel):
         self.output_processor = output_processor
         # A plain attribute: Float16Module would round a buffer to bfloat16.
         self.inverse_frequencies = inverse_frequencies(arch.rope, arch.head_dim).to(torch.cuda.current_device())
-        self.decoder.register_forward_pre_hook(self._set_rotary_angles, with_kwargs=True)
+        self.decoder.register_forward_pre_hook(self._set_rotation, with_kwargs=True)
 
-    def _set_rotary_angles(self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        rows: PackedRows = kwargs["packed_seq_params"]
-        assert rows.position_ids is not None
-        kwargs["rotary_pos_emb"] = rotary_angles(rows.position_ids, self.inverse_frequencies)
+    def _set_rotation(self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs["packed_seq_params"] = self.with_rotation(kwargs["packed_seq_params"])
         return args, kwargs
+
+    def with_rotation(self, rows: PackedRows) -> PackedRows:
+        """``rows`` with the cosines and sines of its positions: made once, and used by every layer."""
+        assert rows.position_ids is not None
+        rotary = rotary_tables(rows.position_ids, self.inverse_frequencies, self.config.params_dtype)
+        return dataclasses.replace(rows, rotary=rotary)
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **_: Any) -> torch.Tensor:
         if not self.post_process:
@@ -70,8 +77,8 @@ class PackedGPT(GPTModel):
         return self.output_layer.weight
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One transformer layer out of megatron-core's plain-torch parts and our packed attention."""
+def layer_spec(config: TransformerConfig, backends: Backends) -> ModuleSpec:
+    """One transformer layer out of megatron-core's parts and our packed attention."""
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
@@ -82,7 +89,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedCausalAttention,
+                    core_attention=partial(PackedCausalAttention, backend=backends.attention),
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
@@ -103,7 +110,9 @@ def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype, backends: Backends
+) -> TransformerConfig:
     """megatron-core's configuration of the same decoder.
 
     Raises:
@@ -153,8 +162,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
-        # Yarn scales cosines and sines of queries and keys; scaling their product is the same.
-        softmax_scale=attention_factor(arch.rope) ** 2 / arch.head_dim**0.5,
+        softmax_scale=softmax_scale(arch.rope, arch.head_dim),
         # Every row's weight is known before the forward, so the loss is a plain sum that nothing may rescale.
         calculate_per_token_loss=True,
         # These fusions call torch.compile or CUDA extensions.
@@ -170,7 +178,11 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
 
 
 def build_chunks(
-    arch: Architecture, config: TransformerConfig, padded_vocab_size: int, output_processor: OutputProcessor
+    arch: Architecture,
+    config: TransformerConfig,
+    padded_vocab_size: int,
+    output_processor: OutputProcessor,
+    backends: Backends,
 ) -> list[PackedGPT]:
     """The pipeline stage and tensor-parallel shard of this rank, on its device, weights not yet loaded.
 
@@ -184,7 +196,8 @@ def build_chunks(
             output_processor,
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config)] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+                layer_specs=[layer_spec(config, backends)] * get_num_layers_to_build(config, vp_stage),
+                layer_norm=RMSNorm,
             ),
             vocab_size=padded_vocab_size,
             max_sequence_length=arch.rope.max_position_embeddings,
