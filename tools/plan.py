@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reflectron.tools.planner.search import Planner, Prediction
 
 _LENGTHS = ("papers", "oss-instruct", "evol-instruct", "data")
+_STACKS = ("pip", "te", "plain")
 # Tags that the template ``reflection`` adds to the vocabulary.
 _TAGS = 7
 
@@ -31,7 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="*", metavar="[CONFIG] key=value", help="YAML file of a run, and settings that win over it"
     )
     parser.add_argument("--model", metavar="FILE", help="config.json of the model; model.path of CONFIG otherwise")
-    parser.add_argument("--gpu", default="A800-80GB", help="A100-80GB, A800-80GB, H100-80GB, H800-80GB or H200-141GB")
+    parser.add_argument(
+        "--gpu", default="A800-80GB", help="A100-80GB, A800-80GB, H100-80GB, H800-80GB, H200-141GB, or CPU"
+    )
+    parser.add_argument(
+        "--backends",
+        choices=_STACKS,
+        default="pip",
+        help="what backends.* auto means: what pip installs, transformer-engine as well, or plain torch (default: pip)",
+    )
     parser.add_argument("--gpus", type=int, default=16, metavar="N", help="GPUs in all (default: 16)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default: 8)")
     parser.add_argument(
@@ -86,7 +95,7 @@ def make_planner(args: argparse.Namespace) -> Planner:
     if first is None and overrides:
         raise ValueError("expected CONFIG before key=value")
     config = load_config(first, overrides) if first else Config()
-    cluster = make_cluster(args.gpu, args.gpus, args.gpus_per_node, args.calibration)
+    cluster = make_cluster(args.gpu, args.gpus, args.gpus_per_node, args.calibration, args.backends)
     if args.network_gbit is not None:
         if args.network_gbit <= 0:
             raise ValueError(f"--network-gbit is {args.network_gbit}, expected a number above 0")
@@ -136,7 +145,7 @@ def _samples_of_files(config: Config) -> Samples:
 def _words(args: argparse.Namespace) -> list[str]:
     """The arguments that a recipe depends on."""
     words = [*args.words, "--gpu", args.gpu, "--gpus", str(args.gpus), "--gpus-per-node", str(args.gpus_per_node)]
-    words += ["--lengths", args.lengths]
+    words += ["--backends", args.backends, "--lengths", args.lengths]
     for name in ("model", "network_gbit", "calibration"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

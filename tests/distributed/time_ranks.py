@@ -1,7 +1,7 @@
-"""The ranks of ``test_planned_time.py``: seconds of real optimizer steps in several layouts.
+"""The ranks of ``test_planned_time.py``: seconds of real optimizer steps in several layouts, beside the planner's.
 
 ``python time_ranks.py PLAN.json`` forks the ranks of each job, as ``layout_ranks.py`` does, one thread a rank. Rank 0
-writes the least time of the steps to the job's file: whatever else the machine does can only add to it.
+writes the times to the job's file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from megatron.core import parallel_state  # isort: skip
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, ParallelConfig
 from reflectron.engine.data.global_batch import assemble, share_of_batch
-from reflectron.engine.data.tokenization import TokenizedSample
-from reflectron.engine.data.views import SampleViews, make_views
+from reflectron.engine.data.views import SampleViews
 from reflectron.engine.flops import decoder_shape, training_cost
 from reflectron.engine.model.parallelize import parallelize
 from reflectron.engine.optimizer import build_optimizer, shards_optimizer
@@ -30,6 +29,9 @@ from reflectron.engine.parallel.process_groups import ParallelGroups, model_para
 from reflectron.engine.preparation import read_model_inputs
 from reflectron.engine.train_step import train_step
 from reflectron.engine.trainer import load_model
+from reflectron.tools.bench.calibration_model import made_up_views
+from reflectron.tools.planner.hardware import make_cluster
+from reflectron.tools.planner.predict import batch_of_views, predict
 
 
 def job_config(job: Job) -> Config:
@@ -45,32 +47,17 @@ def job_config(job: Job) -> Config:
 
 
 def job_views(job: Job) -> list[SampleViews]:
-    """Instruction and reflection samples in turn, of lengths that fill the microbatches unevenly."""
-    random = np.random.default_rng(0)
-    lengths = random.integers(job["tokens"] // 8, job["tokens"] // 4, job["samples"])
-    return [_views(int(length), bool(i % 2), random) for i, length in enumerate(lengths)]
-
-
-def _views(length: int, reflection: bool, random: np.random.Generator) -> SampleViews:
-    prompt, final = length // 8, length - length // 6
-    supervised = np.arange(length) >= prompt
-    visible = np.arange(length) >= length // 2
-    sample = TokenizedSample(
-        kind="reflection" if reflection else "generation",
-        input_ids=random.integers(0, 700, length, dtype=np.int32),
-        supervised=supervised,
-        blocks=np.empty((0, 3), np.int32),
-        prefix_end=final - 8 if reflection else 0,
-        final_start=final if reflection else -1,
-    )
-    return make_views(sample, visible if reflection else None)
+    """Samples of lengths that fill the microbatches unevenly."""
+    lengths = np.random.default_rng(0).integers(job["tokens"] // 8, job["tokens"] // 4, job["samples"])
+    return made_up_views(lengths.tolist(), 700)
 
 
 def run_job(job: Job, groups: ParallelGroups) -> None:
     config = job_config(job)
     inputs = read_model_inputs(config)
     cost = training_cost(decoder_shape(inputs.arch, config), "none")
-    whole = assemble(job_views(job), config, cost, 0.5, groups.data.rank(), groups.data.size())
+    views = job_views(job)
+    whole = assemble(views, config, cost, 0.5, groups.data.rank(), groups.data.size())
     batch = share_of_batch(whole, groups.context.rank(), groups.context.size())
     shard = shards_optimizer(config.optimizer, config.parallel.distributed_optimizer)
     chunks = load_model(config, inputs, groups, torch.float32)
@@ -86,7 +73,11 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
         seconds.append(time.perf_counter() - began)
         processor.append(time.process_time() - used)
     if groups.is_main:
-        result: dict[str, Any] = {"seconds": seconds, "processor_seconds": processor}
+        predicted = None
+        if job["rates"]:
+            cluster = make_cluster("CPU", job["processes"], calibration=Path(job["rates"]))
+            predicted = predict(config, inputs.arch, cluster, batch_of_views(views)).parts
+        result: dict[str, Any] = {"seconds": seconds, "processor_seconds": processor, "predicted": predicted}
         Path(job["out"]).write_text(json.dumps(result), encoding="utf-8")
 
 

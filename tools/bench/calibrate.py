@@ -70,5 +70,4 @@ def summary(content: dict[str, Any]) -> list[str]:
     for name, table in content["tables"].items():
         rates = np.array(table["rates"])
         lines.append(f"{name}: {rates.min():.3g} to {rates.max():.3g} a second")
-    lines += [f"host, each {name.replace('_', ' of a ')}: {s * 1e3:.2f} ms" for name, s in content["host_seconds"].items()]
-    return lines
+    return [*lines, *(f"host, {name}: {s * 1e3:.2f} ms" for name, s in content["host_seconds"].items())]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, ParallelConfig
 from reflectron.engine.data.tokenization import TokenizedSample
@@ -44,43 +42,38 @@ def _views(length: int, reflection: bool, vocab_size: int, random: np.random.Gen
 
 
 def core_attention(
-    device: torch.device, dtype: torch.dtype, length: int, segments: int, heads: int, width: int
+    backend: str, device: torch.device, dtype: torch.dtype, length: int, segments: int, heads: int, width: int
 ) -> Action:
-    """Forward and backward of a pack of equal segments."""
-    from reflectron.engine.model.attention import PackedCausalAttention, PackedRows
+    """Forward and backward of a pack of equal segments, laid out by token afterwards."""
+    from reflectron.engine.data.microbatch import segments_of, to_device
+    from reflectron.engine.model.attention_kernels import AttentionShape, attention_kernel
 
-    attention = PackedCausalAttention(
-        None,  # type: ignore[arg-type]
-        1,
-        None,
-        "self",
-        width**-0.5,
-        SimpleNamespace(cp=_alone()),  # type: ignore[arg-type]
+    shape = AttentionShape(
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        head_dim=width,
+        softmax_scale=width**-0.5,
+        whole_segments=True,
     )
-    q, k, v = (
-        torch.randn(length * segments, 1, heads, width, device=device, dtype=dtype, requires_grad=True)
-        for _ in range(3)
+    attend, tokens = attention_kernel(backend, shape), length * segments
+    packed = to_device(segments_of([length] * segments, [length] * segments, tokens), device)
+    q, k, v, gradient = (
+        torch.randn(tokens, heads, width, device=device, dtype=dtype, requires_grad=True) for _ in range(4)
     )
-    rows = PackedRows(segment_lengths=(length,) * segments)
-    gradient = torch.randn(length * segments, 1, heads * width, device=device, dtype=dtype)
-    return lambda: torch.autograd.grad(attention(q, k, v, None, packed_seq_params=rows), (q, k, v), gradient)
-
-
-def _alone() -> dist.ProcessGroup:
-    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    joined = gradient.detach().reshape(tokens, -1)
+    return lambda: torch.autograd.grad(attend(q, k, v, packed).reshape(tokens, -1), (q, k, v), joined)
 
 
 def plain_parts(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[int], Action]]:
     """By name, what makes passes over a number of elements: of ``traffic.PLAIN`` forward and backward, and others."""
-    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.transformer import TransformerConfig
 
     from reflectron.engine.model.norm import RMSNorm
+    from reflectron.engine.model.rope import rotate
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
-    group = _alone()
     config = TransformerConfig(num_layers=1, hidden_size=_WIDTH, num_attention_heads=8, params_dtype=dtype)
 
     def norm(count: int) -> Action:
@@ -90,9 +83,9 @@ def plain_parts(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[
 
     def rotation(count: int) -> Action:
         tokens, heads, width = count // _WIDTH, _WIDTH // 128, 128
-        x, angles = random(tokens, 1, heads, width), torch.randn(tokens, 1, 1, width, device=device)
+        x, tables = random(tokens, heads, width), torch.randn(2, tokens, 1, width, device=device, dtype=dtype)
         gradient = torch.randn_like(x)
-        return lambda: torch.autograd.grad(apply_rotary_pos_emb(x, angles, config, cp_group=group), x, gradient)
+        return lambda: torch.autograd.grad(rotate(x, *tables), x, gradient)
 
     def gated(count: int) -> Action:
         x, gradient = random(count // _WIDTH, 1, 2 * _WIDTH), torch.randn(count // _WIDTH, 1, _WIDTH, device=device)
@@ -180,6 +173,7 @@ def _tiny_step(clock: Clock, layers: int, microbatches: int) -> float:
     """Seconds of a step without parallelism, on every rank alike."""
     from megatron.core import parallel_state
 
+    from reflectron.engine.backends import PLAIN
     from reflectron.engine.data.global_batch import assemble
     from reflectron.engine.flops import decoder_shape, training_cost
     from reflectron.engine.loss import PackLoss
@@ -200,7 +194,7 @@ def _tiny_step(clock: Clock, layers: int, microbatches: int) -> float:
     groups = model_parallel_groups(config.parallel, clock.device, seed=1)
     dtype = getattr(torch, config.model.dtype)
     loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, False)
-    chunks = build_chunks(arch, transformer_config(arch, config.parallel, dtype), arch.vocab_size, loss)
+    chunks = build_chunks(arch, transformer_config(arch, config.parallel, dtype, PLAIN), arch.vocab_size, loss, PLAIN)
     for parameter in chunks[0].parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     wrapped = parallelize(chunks, config.parallel, shard_optimizer=False)

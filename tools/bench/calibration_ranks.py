@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from reflectron.tools.planner.traffic import LOGIT_BYTES, PLAIN, SUMMED, UPDATED
+from reflectron.tools.planner.traffic import LAYERS, LOGIT_BYTES, SUMMED, UPDATED
 
 # Sides of products, tokens of a segment, elements of a pass, bytes of a collective.
 SIZES: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {
         "tokens": (32, 128, 512, 2048),
         "widths": (64, 256, 1024, 4096),
-        "most_operations": 2**32,
+        "most_operations": 2**31,
         "segments": (64, 256, 1024),
         "elements": (2**14, 2**17, 2**20, 2**23),
         "logits": (2**16, 2**20, 2**24),
@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 _HEAD_DIMS = (64, 128)
 # Rounds of a measurement go on for so long, but there are as many as these.
-_SECONDS, _LEAST_ROUNDS, _MOST_ROUNDS = 0.04, 3, 30
+_SECONDS, _LEAST_ROUNDS, _MOST_ROUNDS = 0.03, 2, 30
 
 
 class Clock:
@@ -124,14 +124,18 @@ def _products(clock: Clock, sizes: dict[str, Any], dtype: torch.dtype) -> dict[s
             for name in names:
                 rates[name][tokens, inner, outer] = rates[name][smaller]
             continue
-        x, weight, dy = (
-            torch.randn(shape, device=clock.device, dtype=dtype)
-            for shape in ((tokens, inner), (outer, inner), (tokens, outer))
-        )
-        actions = (lambda: x.matmul(weight.t()), lambda: dy.matmul(weight), lambda: dy.t().matmul(x))
-        for name, action in zip(names, actions, strict=True):
+        for name, action in zip(names, _linear_layer(clock.device, dtype, tokens, inner, outer), strict=True):
             rates[name][tokens, inner, outer] = operations / clock.seconds(action)
     return {name: _table(axes, lambda *point, of=of: of[point]) for name, of in rates.items()}
+
+
+def _linear_layer(
+    device: torch.device, dtype: torch.dtype, tokens: int, inner: int, outer: int
+) -> tuple[Callable[[], object], ...]:
+    """Its forward, and the two products of its backward."""
+    shapes = ((tokens, inner), (outer, inner), (tokens, outer))
+    x, weight, dy = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    return lambda: x.matmul(weight.t()), lambda: dy.matmul(weight), lambda: dy.t().matmul(x)
 
 
 def _before(axis: Sequence[int], size: int) -> int:
@@ -144,7 +148,7 @@ def _attention(clock: Clock, segments: Sequence[int], dtype: torch.dtype) -> dic
 
     def rate(length: int, width: int) -> float:
         heads, count = 8, max(1, segments[-1] // length)
-        attend = core_attention(clock.device, dtype, length, count, heads, width)
+        attend = core_attention("sdpa", clock.device, dtype, length, count, heads, width)
         return 3 * 4 * heads * width * count * length * (length + 1) / 2 / clock.seconds(attend)
 
     return _table((segments, _HEAD_DIMS), rate)
@@ -154,14 +158,14 @@ def _passes(clock: Clock, elements: Sequence[int], dtype: torch.dtype) -> dict[s
     """Bytes a second of passes over memory, by what makes them; bytes as ``planner.traffic`` counts them."""
     from reflectron.tools.bench.calibration_model import plain_parts, update
 
-    element = dtype.itemsize
+    element, plain = dtype.itemsize, LAYERS["torch"]
     moved = {
-        "norm": 3 * PLAIN.block * element / 2,
-        "rotation": 3 * PLAIN.rotated * element / 2,
-        "gated": 3 * PLAIN.gated * element / 2,
+        "norm": plain.block.both * element / 2,
+        "rotation": plain.rotation.both * element / 2,
+        "gated": plain.gated.both * element / 2,
         "copy": 2 * element,
-        "sum": SUMMED[element],
-        "update": UPDATED[element],
+        "sum": SUMMED["torch"][element],
+        "update": UPDATED["torch"][element],
     }
     makers: dict[str, Callable[[int], Callable[[], object]]] = {
         **plain_parts(clock.device, dtype),

@@ -1,0 +1,63 @@
+"""Which backends a planned run is taken to use: what its configuration names, and where it says ``auto``, what the
+machines are assumed to have installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from reflectron.engine.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backends:
+    """Named as in the section ``backends`` of a run."""
+
+    attention: str
+    layers: str
+    weight_gradient: str
+    adamw: str
+
+    @property
+    def packed_attention(self) -> bool:
+        """One call for all segments, instead of one each."""
+        return self.attention != "sdpa"
+
+    @property
+    def fused_gradient(self) -> str:
+        """How a linear layer's weight gradient gets into its sum: ``fused`` with the product, or by ``torch``."""
+        own = self.layers == "transformer_engine" or self.weight_gradient != "torch"
+        return "fused" if own else "torch"
+
+    @property
+    def fused_update(self) -> str:
+        """How AdamW's update runs: ``fused`` or by ``torch``'s passes."""
+        return "torch" if self.adamw == "torch" else "fused"
+
+
+# What ``auto`` comes to: with what pip installs, with transformer-engine as well, with torch and megatron-core alone.
+STACKS = {
+    "pip": Backends(attention="torch_varlen", layers="liger", weight_gradient="addmm", adamw="torch_fused"),
+    "te": Backends(
+        attention="transformer_engine",
+        layers="transformer_engine",
+        weight_gradient="addmm",
+        adamw="transformer_engine",
+    ),
+    "plain": Backends(attention="sdpa", layers="torch", weight_gradient="torch", adamw="torch"),
+}
+
+
+def planned_backends(config: Config, stack: str) -> Backends:
+    """The backends of a run on machines with ``stack``.
+
+    Raises:
+        ValueError: for FP8 without transformer-engine's layers, which alone have it.
+    """
+    named = {part: name for part, name in vars(config.backends).items() if name != "auto"}
+    chosen = replace(STACKS[stack], **named)
+    if config.model.fp8 != "none" and chosen.layers != "transformer_engine":
+        raise ValueError(
+            f"model.fp8 is {config.model.fp8!r}, expected 'none' with backends.layers {chosen.layers!r}: plan with "
+            "--backends te"
+        )
+    return chosen
