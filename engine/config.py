@@ -222,6 +222,24 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BackendsConfig:
+    """Which implementation computes what; ``auto`` takes the first of the list that works on the machine, the plain one
+    at its end always does. What a run took is printed at its start, and may change when it goes on."""
+
+    attention: Literal[
+        "auto", "transformer_engine", "flash_attention_3", "flash_attention_2", "torch_varlen", "sdpa"
+    ] = "auto"
+    """Attention of packed rows; ``sdpa`` is torch's scaled dot product, one call for each segment."""
+    layers: Literal["auto", "transformer_engine", "liger", "torch"] = "auto"
+    """Norms, rotation and SwiGLU; with transformer_engine the linear layers, too."""
+    weight_gradient: Literal["auto", "apex", "addmm", "torch"] = "auto"
+    """How a linear layer's weight gradient gets into its float32 sum over microbatches: ``torch`` makes the gradient
+    first and then adds it."""
+    adamw: Literal["auto", "transformer_engine", "apex", "torch_fused", "torch"] = "auto"
+    """AdamW's update; not used by Adafactor."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The update rule."""
 
@@ -411,6 +429,8 @@ class Config:
     """Sizes of a step."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the work is spread over processes."""
+    backends: BackendsConfig = field(default_factory=BackendsConfig)
+    """Which implementations compute it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The update rule."""
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)

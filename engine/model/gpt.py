@@ -1,8 +1,8 @@
 """The decoder: megatron-core's ``GPTModel`` on packed rows, ending in the distillation loss instead of logits.
 
 ``build_chunks`` returns the parts of the model that this rank holds, several when the pipeline is interleaved. Full
-logits never leave the model, because they
-never exist: the last stage hands its hidden states and the output weight to an ``OutputProcessor``.
+logits never leave the model, because they never exist: the last stage hands its hidden states and the output weight to
+an ``OutputProcessor``.
 
 T tokens of a pack, H hidden, V padded vocabulary, D width of a head.
 """
@@ -24,6 +24,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from reflectron.engine.backends import Backends
 from reflectron.engine.config import ParallelConfig
 from reflectron.engine.model.attention import PackedCausalAttention, PackedRows
 from reflectron.engine.model.families import CHECKPOINT_NAMES, Architecture, check_parallel, layers_per_stage
@@ -70,8 +71,8 @@ class PackedGPT(GPTModel):
         return self.output_layer.weight
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One transformer layer out of megatron-core's plain-torch parts and our packed attention."""
+def layer_spec(config: TransformerConfig, backends: Backends) -> ModuleSpec:
+    """One transformer layer out of megatron-core's parts and our packed attention."""
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
@@ -103,7 +104,9 @@ def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype, backends: Backends
+) -> TransformerConfig:
     """megatron-core's configuration of the same decoder.
 
     Raises:
@@ -170,7 +173,11 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
 
 
 def build_chunks(
-    arch: Architecture, config: TransformerConfig, padded_vocab_size: int, output_processor: OutputProcessor
+    arch: Architecture,
+    config: TransformerConfig,
+    padded_vocab_size: int,
+    output_processor: OutputProcessor,
+    backends: Backends,
 ) -> list[PackedGPT]:
     """The pipeline stage and tensor-parallel shard of this rank, on its device, weights not yet loaded.
 
@@ -184,7 +191,8 @@ def build_chunks(
             output_processor,
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config)] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+                layer_specs=[layer_spec(config, backends)] * get_num_layers_to_build(config, vp_stage),
+                layer_norm=RMSNorm,
             ),
             vocab_size=padded_vocab_size,
             max_sequence_length=arch.rope.max_position_embeddings,

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from reflectron.engine.backends import PLAIN
 from reflectron.engine.checkpoint.hf_table import EMBEDDING, hf_pieces
 from reflectron.engine.checkpoint.sources import TensorSource
 from reflectron.engine.config import ParallelConfig
@@ -35,8 +36,8 @@ def last_hidden_states(
     """
     # One layer, and none of the vocabulary: the model is only the place where each layer runs.
     one_layer = replace(arch, num_layers=1)
-    config = transformer_config(one_layer, ParallelConfig(), torch.float32)
-    (model,) = build_chunks(one_layer, config, padded_vocab_size=1, output_processor=lambda hidden, *_: hidden)
+    config = transformer_config(one_layer, ParallelConfig(), torch.float32, PLAIN)
+    (model,) = build_chunks(one_layer, config, 1, lambda hidden, *_: hidden, PLAIN)
     positions = torch.arange(len(token_ids), device=device)
     rows = PackedRows(segment_lengths=(len(token_ids),), position_ids=positions)
     angles = rotary_angles(positions, model.inverse_frequencies)
