@@ -14,25 +14,22 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from reflectron.engine.backends import Backends
 from reflectron.engine.config import ParallelConfig
-from reflectron.engine.model.attention import PackedCausalAttention, PackedRows
-from reflectron.engine.model.families import CHECKPOINT_NAMES, Architecture, check_parallel, layers_per_stage
-from reflectron.engine.model.norm import RMSNorm
-from reflectron.engine.model.rope import attention_factor, inverse_frequencies, rotary_angles
+from reflectron.engine.model.attention import PackedRows
+from reflectron.engine.model.families import Architecture, check_parallel, layers_per_stage
+from reflectron.engine.model.rope import attention_factor, cosines_and_sines, inverse_frequencies, rotary_angles
+from reflectron.engine.model.spec import block_spec
+from reflectron.engine.model.weight_gradient import use_weight_gradient
 
 # (hidden states [T, 1, H] or this rank's share of T, output weight [V / tp, H], context) -> result of the last stage
 OutputProcessor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+# (position ids [T], inverse frequencies [D / 2]) -> what every layer's attention rotates by
+Rotation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class PackedGPT(GPTModel):
@@ -46,17 +43,19 @@ class PackedGPT(GPTModel):
     megatron-core has after 0.16.1, and goes away with it.
     """
 
-    def __init__(self, arch: Architecture, output_processor: OutputProcessor, **kwargs: Any) -> None:
+    def __init__(
+        self, arch: Architecture, output_processor: OutputProcessor, rotation: Rotation, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.output_processor = output_processor
+        self.output_processor, self.rotation = output_processor, rotation
         # A plain attribute: Float16Module would round a buffer to bfloat16.
         self.inverse_frequencies = inverse_frequencies(arch.rope, arch.head_dim).to(torch.cuda.current_device())
-        self.decoder.register_forward_pre_hook(self._set_rotary_angles, with_kwargs=True)
+        self.decoder.register_forward_pre_hook(self._set_rotation, with_kwargs=True)
 
-    def _set_rotary_angles(self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _set_rotation(self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         rows: PackedRows = kwargs["packed_seq_params"]
         assert rows.position_ids is not None
-        kwargs["rotary_pos_emb"] = rotary_angles(rows.position_ids, self.inverse_frequencies)
+        kwargs["rotary_pos_emb"] = self.rotation(rows.position_ids, self.inverse_frequencies)
         return args, kwargs
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **_: Any) -> torch.Tensor:
@@ -69,35 +68,6 @@ class PackedGPT(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
-
-
-def layer_spec(config: TransformerConfig, backends: Backends) -> ModuleSpec:
-    """One transformer layer out of megatron-core's parts and our packed attention."""
-    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedCausalAttention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=CHECKPOINT_NAMES,
-        ),
-    )
 
 
 def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
@@ -160,12 +130,14 @@ def transformer_config(
         softmax_scale=attention_factor(arch.rope) ** 2 / arch.head_dim**0.5,
         # Every row's weight is known before the forward, so the loss is a plain sum that nothing may rescale.
         calculate_per_token_loss=True,
+        # Whichever SwiGLU the layers' parts name, not transformer-engine's alone.
+        use_te_activation_func=backends.layers != "torch",
+        apply_rope_fusion=backends.layers == "transformer_engine",
+        gradient_accumulation_fusion=backends.weight_gradient != "torch",
         # These fusions call torch.compile or CUDA extensions.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         # 1F1B keeps outputs of earlier microbatches; freeing them early corrupts gloo's pending sends.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
@@ -184,16 +156,15 @@ def build_chunks(
     Returns:
         One chunk, or the chunks of an interleaved pipeline in the model's order.
     """
+    use_weight_gradient(backends.weight_gradient)
     chunks = config.virtual_pipeline_model_parallel_size
     return [
         PackedGPT(
             arch,
             output_processor,
+            cosines_and_sines if backends.layers == "liger" else rotary_angles,
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config, backends)] * get_num_layers_to_build(config, vp_stage),
-                layer_norm=RMSNorm,
-            ),
+            transformer_layer_spec=block_spec(config, backends, get_num_layers_to_build(config, vp_stage)),
             vocab_size=padded_vocab_size,
             max_sequence_length=arch.rope.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -18,6 +18,7 @@ from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.rope import LigerRopeFunction
 from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from triton import knobs, language
 
 from reflectron.engine.model.norm import RMSNorm
@@ -53,24 +54,38 @@ class LigerSwiGLU:
         return LigerFusedGateUpSiLUMulFunction.apply(gate_and_up.squeeze(1)).unsqueeze(1)
 
 
-def rotate(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys token by token, computed in float32; keeps cosines and sines only.
+class LigerSelfAttention(SelfAttention):
+    """``SelfAttention`` that rotates queries and keys in one kernel, before they reach the core attention.
+
+    Takes ``cosines_and_sines`` as ``rotary_pos_emb``; all layers share it, and it is all that the rotation keeps.
+    """
+
+    def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> Any:
+        """As ``SelfAttention.forward``, whose own rotation is left out."""
+        self._cos_sin = rotary_pos_emb
+        return super().forward(*args, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Query and key rotated, value; megatron-core rotates right after this call (0.16.1)."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return *rotate(query, key, self._cos_sin), value
+
+
+def rotate(query: torch.Tensor, key: torch.Tensor, cos_sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys token by token, computed in float32.
 
     Where ``query`` or ``key`` is contiguous it is overwritten: no operation before it keeps its result.
 
     Args:
         query: [T, 1, h, D].
         key: [T, 1, g, D].
-        cos: [T, D / 2] float32, of each token's own position.
-        sin: likewise.
+        cos_sin: [2, T, D / 2] float32, of each token's own position.
 
     Returns:
         Both rotated, in their shapes.
     """
     heads_first = (query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3))
-    rotated = LigerRopeFunction.apply(*heads_first, cos, sin, None, 1, query.shape[-1])
+    rotated = LigerRopeFunction.apply(*heads_first, cos_sin[0], cos_sin[1], None, 1, query.shape[-1])
     return rotated[0].permute(2, 0, 1, 3), rotated[1].permute(2, 0, 1, 3)
 
 

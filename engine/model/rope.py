@@ -50,6 +50,12 @@ def rotary_angles(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.T
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
+def cosines_and_sines(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines ``[2, T, D / 2]`` float32 of the same angles, as Liger's kernel takes them."""
+    angles = torch.outer(position_ids.float(), inv_freq)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
 def _llama3(inv_freq: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
     """Long wavelengths are stretched by ``factor``, short ones kept, those between blended (Llama 3.1)."""
     factor = scaling["factor"]
