@@ -128,10 +128,11 @@ class TrainingState:
                 for state in optimizer.state.values():
                     state["step"] = step
             elif isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-                for state in optimizer.state.values():
-                    # A fused one counts on the device.
-                    device = state["step"].device if "step" in state else "cpu"
-                    state["step"] = torch.tensor(float(step), device=device)
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        # A fused one counts on the device.
+                        device = parameter.device if group.get("fused") else "cpu"
+                        optimizer.state[parameter]["step"] = torch.tensor(float(step), device=device)
             else:
                 for group in optimizer.param_groups:
                     group["step"] = step

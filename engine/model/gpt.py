@@ -10,7 +10,7 @@ T tokens of a pack, H hidden, V padded vocabulary, D width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -75,7 +75,11 @@ def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(
-    arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype, backends: Backends
+    arch: Architecture,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    backends: Backends,
+    fp8: Literal["none", "delayed", "current"] = "none",
 ) -> TransformerConfig:
     """megatron-core's configuration of the same decoder.
 
@@ -108,6 +112,13 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        # Range matters more to gradients than precision, so they are E5M2, all else E4M3. Scaling by the tensor itself
+        # goes by the name of what has one scale: a tensor.
+        fp8=None if fp8 == "none" else "hybrid",
+        fp8_recipe="tensorwise" if fp8 == "current" else "delayed",
+        # transformer-engine's own defaults; megatron-core's look one step back only.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,

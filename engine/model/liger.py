@@ -1,8 +1,8 @@
 """Norm, SwiGLU and rotation by Liger's Triton kernels, in the places where megatron-core has its own.
 
-Each kernel reads its inputs once and writes its outputs once, in the forward and in the backward, and keeps for the
-backward no more than its inputs; plain torch makes a tensor of every intermediate and keeps most of them. On the CPU the
-kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), in float32: the interpreter multiplies raw bits of bfloat16
+Each kernel reads its inputs and writes its outputs once, in the forward and in the backward, and keeps for the backward
+no more than its inputs; plain torch makes a tensor of every intermediate and keeps most of them. On the CPU the kernels
+run in Triton's interpreter (``TRITON_INTERPRET=1``), in float32: the interpreter multiplies the raw bits of bfloat16
 (Triton 3.7).
 
 T tokens of this rank, H hidden, F width of the gated MLP on this rank, h heads, g key-value heads, D width of a head.

@@ -1,8 +1,8 @@
 """Weight gradients of megatron-core's linear layers, added to their float32 sum by the matrix product that makes them.
 
-Otherwise each product is written in the model's type, read again and added to ``main_grad``: half as much memory traffic
-again, and a rounding in between. With ``gradient_accumulation_fusion`` megatron-core calls a compiled extension of
-Apex's for it, by a global name (0.16.1); torch's ``addmm`` does the same and takes its place here.
+Otherwise each product is written in the model's type, read again and added to ``main_grad``: half as much memory
+traffic again, and a rounding in between. With ``gradient_accumulation_fusion`` megatron-core calls a compiled extension
+of Apex's for it, by a global name (0.16.1); torch's ``addmm`` does the same and takes its place here.
 """
 
 from __future__ import annotations
