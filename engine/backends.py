@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ import torch
 from packaging.version import Version
 
 from reflectron.engine.config import Config
+from reflectron.engine.model.attention_check import disagreement
+from reflectron.engine.model.attention_kernels import AttentionShape
 from reflectron.engine.model.families import Architecture
+from reflectron.engine.model.rope import softmax_scale
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,14 @@ def without_cuda(use: Use) -> str | None:
     return None if use.device.type == "cuda" else "needs CUDA"
 
 
-def without_package(distribution: str, module: str, install: str) -> str | None:
+def without_package(distribution: str, module: str, install: str, at_least: str = "0") -> str | None:
     """Whether ``module`` of ``distribution`` can be imported; ``install`` says how to get it."""
     try:
-        importlib.metadata.version(distribution)
+        version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return f"{distribution} is not installed ({install})"
+    if Version(version) < Version(at_least):
+        return f"needs {distribution} {at_least} or newer, not {version} ({install})"
     try:
         importlib.import_module(module)
     except Exception as error:  # an extension built for another torch raises whatever it likes
@@ -117,12 +123,76 @@ def _nothing(use: Use) -> None:
     """Plain torch works everywhere."""
 
 
-def _not_built(use: Use) -> str | None:
-    return without_cuda(use) or "the engine does not use it yet"
+def attention_shape(use: Use) -> AttentionShape:
+    """What a tensor-parallel rank attends with; of no model in particular where none is known."""
+    whole = use.config.parallel.context_parallel_size == 1
+    if use.arch is None:
+        return AttentionShape(
+            num_attention_heads=8, num_query_groups=2, head_dim=128, softmax_scale=128**-0.5, whole_segments=whole
+        )
+    ranks = use.config.parallel.tensor_model_parallel_size
+    return AttentionShape(
+        num_attention_heads=use.arch.num_attention_heads // ranks,
+        num_query_groups=use.arch.num_query_groups // ranks,
+        head_dim=use.arch.head_dim,
+        softmax_scale=softmax_scale(use.arch.rope, use.arch.head_dim),
+        whole_segments=whole,
+    )
+
+
+def _attention(backend: str, missing: Callable[[Use], str | None]) -> Objection:
+    """A kernel for CUDA: what all of them need, then what ``missing`` says, then a comparison with sdpa."""
+
+    def objection(use: Use) -> str | None:
+        if reason := without_cuda(use):
+            return reason
+        shape, dtype = attention_shape(use), use.config.model.dtype
+        if dtype != "bfloat16":
+            return f"needs model.dtype bfloat16, not {dtype}"
+        if torch.cuda.get_device_capability(use.device) < (8, 0):
+            return f"needs compute capability 8.0 or higher, not {_capability(use)}"
+        if shape.head_dim % 8 or shape.head_dim > 256:
+            return f"needs heads of a multiple of 8 up to 256 wide, not {shape.head_dim}"
+        return missing(use) or disagreement(backend, shape, torch.bfloat16, use.device)
+
+    return objection
+
+
+def _without_flash_attention_3(use: Use) -> str | None:
+    if torch.cuda.get_device_capability(use.device)[0] != 9:
+        return f"needs compute capability 9.0, not {_capability(use)}"
+    return without_package("flash-attn-3", "flash_attn_interface", "built from flash-attention's folder hopper")
+
+
+def _without_flash_attention_4(use: Use) -> str | None:
+    # Older devices have no backward (4.0.0b36).
+    if torch.cuda.get_device_capability(use.device) < (9, 0):
+        return f"needs compute capability 9.0 or higher, not {_capability(use)}"
+    return without_package("flash-attn-4", "flash_attn.cute", "pip install flash-attn-4")
+
+
+def _without_flash_attention_2(use: Use) -> str | None:
+    # Before 2.1 the mask was aligned at the first key.
+    return without_package("flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation", at_least="2.1")
+
+
+def _without_torch_varlen(use: Use) -> str | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        known = False
+    else:
+        known = "window_size" in inspect.signature(varlen_attn).parameters
+    return None if known else f"needs torch 2.11 or newer, not {torch.__version__}"
+
+
+def _capability(use: Use) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(use.device)))
 
 
 # The first whose FusedAdam keeps moments in bfloat16; its layers have not been tried with an older one either.
 _TRANSFORMER_ENGINE = "2.1"
+_APEX = "built from NVIDIA's source with --cpp_ext and --cuda_ext; PyPI's apex is another project"
 # The first whose SwiGLU reads gate and up out of one tensor.
 _LIGER = "0.8.5"
 # The first whose addmm takes bfloat16 factors and a float32 sum.
@@ -131,18 +201,12 @@ _ADDMM = "2.10"
 _FP8_CAPABILITY, _FP8_MULTIPLE = (8, 9), 16
 
 
-def _without(distribution: str, module: str, least: str, install: str) -> str | None:
-    """Why a package does not serve that must be ``least`` or newer."""
-    reason = without_package(distribution, module, install)
-    if reason is None and Version(found := importlib.metadata.version(distribution)) < Version(least):
-        return f"{distribution} is {found}, older than {least}"
-    return reason
-
-
 def _without_transformer_engine(use: Use) -> str | None:
-    install = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
-    return without_cuda(use) or _without(
-        "transformer-engine", "transformer_engine.pytorch", _TRANSFORMER_ENGINE, install
+    return without_cuda(use) or without_package(
+        "transformer-engine",
+        "transformer_engine.pytorch",
+        "pip install 'transformer-engine[pytorch]'",
+        at_least=_TRANSFORMER_ENGINE,
     )
 
 
@@ -150,8 +214,8 @@ def _layers_transformer_engine(use: Use) -> str | None:
     reason = _without_transformer_engine(use)
     if reason or use.config.model.fp8 == "none":
         return reason
-    if (capability := torch.cuda.get_device_capability(use.device)) < _FP8_CAPABILITY:
-        return f"model.fp8 needs compute capability 8.9 or higher, and the device has {capability[0]}.{capability[1]}"
+    if torch.cuda.get_device_capability(use.device) < _FP8_CAPABILITY:
+        return f"model.fp8 needs compute capability 8.9 or higher, not {_capability(use)}"
     return _odd_size_for_fp8(use)
 
 
@@ -181,7 +245,7 @@ def _layers_liger(use: Use) -> str | None:
         return "needs CUDA"
     if interpreted and use.config.model.dtype != "float32":
         return f"Triton's interpreter computes float32, not model.dtype {use.config.model.dtype}"
-    return _without("liger-kernel", "liger_kernel.ops.swiglu", _LIGER, "pip install 'reflectron[fused]'")
+    return without_package("liger-kernel", "liger_kernel.ops.swiglu", "pip install '.[fused]'", at_least=_LIGER)
 
 
 def _layers_torch(use: Use) -> str | None:
@@ -189,8 +253,7 @@ def _layers_torch(use: Use) -> str | None:
 
 
 def _gradient_apex(use: Use) -> str | None:
-    install = "build NVIDIA's source with --cpp_ext and --cuda_ext"
-    return without_cuda(use) or without_package("apex", "fused_weight_gradient_mlp_cuda", install)
+    return without_cuda(use) or without_package("apex", "fused_weight_gradient_mlp_cuda", _APEX)
 
 
 def _gradient_addmm(use: Use) -> str | None:
@@ -200,8 +263,7 @@ def _gradient_addmm(use: Use) -> str | None:
 
 
 def _adamw_apex(use: Use) -> str | None:
-    install = "build NVIDIA's source with --cpp_ext and --cuda_ext"
-    return _adamw_torch(use) or without_cuda(use) or without_package("apex", "apex.optimizers", install)
+    return _adamw_torch(use) or without_cuda(use) or without_package("apex", "apex.optimizers", _APEX)
 
 
 def _adamw_torch(use: Use) -> str | None:
@@ -212,10 +274,11 @@ def _adamw_torch(use: Use) -> str | None:
 
 CANDIDATES: dict[str, dict[str, Objection]] = {
     "attention": {
-        "transformer_engine": _not_built,
-        "flash_attention_3": _not_built,
-        "flash_attention_2": _not_built,
-        "torch_varlen": _not_built,
+        "transformer_engine": _attention("transformer_engine", _without_transformer_engine),
+        "flash_attention_3": _attention("flash_attention_3", _without_flash_attention_3),
+        "flash_attention_4": _attention("flash_attention_4", _without_flash_attention_4),
+        "flash_attention_2": _attention("flash_attention_2", _without_flash_attention_2),
+        "torch_varlen": _attention("torch_varlen", _without_torch_varlen),
         "sdpa": _nothing,
     },
     "layers": {"transformer_engine": _layers_transformer_engine, "liger": _layers_liger, "torch": _layers_torch},

@@ -233,7 +233,13 @@ class BackendsConfig:
     at its end always does. What a run took is printed at its start, and may change when it goes on."""
 
     attention: Literal[
-        "auto", "transformer_engine", "flash_attention_3", "flash_attention_2", "torch_varlen", "sdpa"
+        "auto",
+        "transformer_engine",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flash_attention_2",
+        "torch_varlen",
+        "sdpa",
     ] = "auto"
     """Attention of packed rows; ``sdpa`` is torch's scaled dot product, one call for each segment."""
     layers: Literal["auto", "transformer_engine", "liger", "torch"] = "auto"

@@ -9,6 +9,7 @@ T tokens of a pack, H hidden, V padded vocabulary, D width of a head.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,14 +23,22 @@ from reflectron.engine.backends import Backends
 from reflectron.engine.config import ParallelConfig
 from reflectron.engine.model.attention import PackedRows
 from reflectron.engine.model.families import Architecture, check_parallel, layers_per_stage
-from reflectron.engine.model.rope import attention_factor, cosines_and_sines, inverse_frequencies, rotary_angles
+from reflectron.engine.model.rope import (
+    cosines_and_sines,
+    inverse_frequencies,
+    rotary_angles,
+    rotary_tables,
+    softmax_scale,
+)
 from reflectron.engine.model.spec import block_spec
 from reflectron.engine.model.weight_gradient import use_weight_gradient
 
 # (hidden states [T, 1, H] or this rank's share of T, output weight [V / tp, H], context) -> result of the last stage
 OutputProcessor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
-# (position ids [T], inverse frequencies [D / 2]) -> what every layer's attention rotates by
+# (position ids [T], inverse frequencies [D / 2]) -> what every layer rotates by before its core attention
 Rotation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Where it is not the core attention that rotates.
+_ROTATIONS: dict[str, Rotation] = {"liger": cosines_and_sines, "transformer_engine": rotary_angles}
 
 
 class PackedGPT(GPTModel):
@@ -44,7 +53,7 @@ class PackedGPT(GPTModel):
     """
 
     def __init__(
-        self, arch: Architecture, output_processor: OutputProcessor, rotation: Rotation, **kwargs: Any
+        self, arch: Architecture, output_processor: OutputProcessor, rotation: Rotation | None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.output_processor, self.rotation = output_processor, rotation
@@ -54,9 +63,18 @@ class PackedGPT(GPTModel):
 
     def _set_rotation(self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         rows: PackedRows = kwargs["packed_seq_params"]
-        assert rows.position_ids is not None
-        kwargs["rotary_pos_emb"] = self.rotation(rows.position_ids, self.inverse_frequencies)
+        if self.rotation is None:
+            kwargs["packed_seq_params"] = self.with_rotation(rows)
+        else:
+            assert rows.position_ids is not None
+            kwargs["rotary_pos_emb"] = self.rotation(rows.position_ids, self.inverse_frequencies)
         return args, kwargs
+
+    def with_rotation(self, rows: PackedRows) -> PackedRows:
+        """``rows`` with the cosines and sines of its positions: made once, and used by every layer."""
+        assert rows.position_ids is not None
+        rotary = rotary_tables(rows.position_ids, self.inverse_frequencies, self.config.params_dtype)
+        return dataclasses.replace(rows, rotary=rotary)
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **_: Any) -> torch.Tensor:
         if not self.post_process:
@@ -137,8 +155,7 @@ def transformer_config(
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
-        # Yarn scales cosines and sines of queries and keys; scaling their product is the same.
-        softmax_scale=attention_factor(arch.rope) ** 2 / arch.head_dim**0.5,
+        softmax_scale=softmax_scale(arch.rope, arch.head_dim),
         # Every row's weight is known before the forward, so the loss is a plain sum that nothing may rescale.
         calculate_per_token_loss=True,
         # Whichever SwiGLU the layers' parts name, not transformer-engine's alone.
@@ -173,7 +190,7 @@ def build_chunks(
         PackedGPT(
             arch,
             output_processor,
-            cosines_and_sines if backends.layers == "liger" else rotary_angles,
+            _ROTATIONS.get(backends.layers),
             config=config,
             transformer_layer_spec=block_spec(config, backends, get_num_layers_to_build(config, vp_stage)),
             vocab_size=padded_vocab_size,

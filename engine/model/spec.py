@@ -7,6 +7,7 @@ names of the norms: transformer-engine holds each inside the linear layer behind
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ class LayerParts:
 def block_spec(config: TransformerConfig, backends: Backends, num_layers: int) -> TransformerBlockSubmodules:
     """``num_layers`` equal layers and the norm behind the last."""
     parts = layer_parts(backends)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config, parts)] * num_layers, layer_norm=parts.norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(config, backends, parts)] * num_layers, layer_norm=parts.norm
+    )
 
 
 def layer_parts(backends: Backends) -> LayerParts:
@@ -73,7 +76,7 @@ def layer_parts(backends: Backends) -> LayerParts:
     return LayerParts()
 
 
-def layer_spec(config: TransformerConfig, parts: LayerParts) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, backends: Backends, parts: LayerParts) -> ModuleSpec:
     """One transformer layer out of ``parts`` and our packed attention."""
     head_norm = parts.norm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
@@ -85,7 +88,7 @@ def layer_spec(config: TransformerConfig, parts: LayerParts) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.column_linear,
-                    core_attention=PackedCausalAttention,
+                    core_attention=partial(PackedCausalAttention, backend=backends.attention),
                     linear_proj=parts.row_linear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
