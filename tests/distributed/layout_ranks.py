@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import varlen_kernel
 from safetensors.torch import save_file
 
+from reflectron.engine.backends import Backends
 from reflectron.engine.config import (
     BackendsConfig,
     BatchConfig,
@@ -121,6 +123,8 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
     needs no gathered parameters.
     """
     config, inputs, out = job_config(job), model_inputs(job["model"]), Path(job["out"])
+    backends = Backends(attention=job["layout"].get("attention", "sdpa"))
+    sys.modules["flash_attn"] = varlen_kernel
     batch = global_batch(job, config, inputs, groups)
     backends = choose_backends(config, inputs.arch, groups.device)
     out.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,8 @@ SELECTIVE = {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")
 # Small buckets, so that several are on their way at a time.
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 2000}
 REFERENCE: dict[str, Any] = {"unpacked": True}
+# Attention by one call for all segments, as kernels for CUDA have it; ``varlen_kernel`` stands in for theirs.
+VARLEN = {"attention": "flash_attention_2"}
 
 # Layouts by number of processes. Those that every kind of model runs:
 COMMON: dict[int, dict[str, dict[str, Any]]] = {
@@ -85,6 +87,7 @@ LLAMA: dict[int, dict[str, dict[str, Any]]] = {
         "other_budget": {"tokens_per_microbatch": 768},
         "recompute_full": parallel(**FULL),
         "recompute_selective": parallel(**SELECTIVE),
+        "varlen_recompute_attention": parallel(recompute="selective") | VARLEN,
         "vocabulary_without_padding": {"divisible_by": 1},
     },
     2: {
@@ -99,6 +102,7 @@ LLAMA: dict[int, dict[str, dict[str, Any]]] = {
         "pp2_vpp2_recompute_full": parallel(1, 2, 2, **FULL),
         "tp2_sp_recompute_selective": parallel(2, sp=True, **SELECTIVE),
         "pp2_vpp2_recompute_attention": parallel(1, 2, 2, recompute="selective"),
+        "tp2_sp_varlen": parallel(2, sp=True) | VARLEN,
     },
     4: {
         "tp4_sp": parallel(4, sp=True),
