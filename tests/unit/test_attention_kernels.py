@@ -1,18 +1,17 @@
-"""Attention back ends on packed rows: every adapter with a plain kernel of its interface, and real ones where they run.
+"""Attention back ends on packed rows: every adapter, with a plain kernel of its interface.
 
-No kernel for CUDA runs on the CPU. Their adapters do here, around a function that has the kernel's signature, computes
-the definition from the cumulative lengths alone, and leaves what they do not cover unwritten, as those kernels do.
+No kernel for CUDA runs on the CPU. Their adapters do here, around ``varlen_kernel`` behind the kernel's signature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from varlen_kernel import flash_attn_varlen_func, with_logsumexp
 
 from reflectron.engine.data.microbatch import Segments, segments_of
 from reflectron.engine.model.attention_check import AttentionProblem, attention_errors, attention_problem
@@ -29,48 +28,8 @@ SHAPE = AttentionShape(num_attention_heads=6, num_query_groups=2, head_dim=16, s
 LENGTHS = (1, 3, 40, 1, 17)
 # Chunks of segments whose earlier tokens other ranks hold, and whole ones.
 CHUNKS = (1, 29, 43, 2, 17)
+LENGTH_NAMES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 CPU = torch.device("cpu")
-
-
-def plain_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-) -> torch.Tensor:
-    """Causal, aligned at the last key."""
-    for cu_seqlens, longest in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k)):
-        assert cu_seqlens.dtype == torch.int32
-        assert cu_seqlens.diff().max() == longest, "kernels compute no query or key beyond it"
-    bounds = [(*q, *k) for q, k in zip(pairs(cu_seqlens_q), pairs(cu_seqlens_k), strict=True)]
-    output = torch.full_like(query, torch.nan)
-    group = query.shape[1] // key.shape[1]
-    for q_start, q_end, k_start, k_end in bounds:
-        k, v = (x[k_start:k_end].repeat_interleave(group, dim=1) for x in (key, value))
-        scores = softmax_scale * torch.einsum("qhd,khd->hqk", query[q_start:q_end], k)
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(scores.shape[2] - scores.shape[1] + 1)
-        probabilities = scores.masked_fill(future, -torch.inf).softmax(-1)
-        output[q_start:q_end] = torch.einsum("hqk,khd->qhd", probabilities, v)
-    return output
-
-
-def pairs(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
-    return list(pairwise(cu_seqlens.tolist()))
-
-
-def flash_attn_varlen_func(q: Any, k: Any, v: Any, *, softmax_scale: float, causal: bool, **lengths: Any) -> Any:
-    """flash-attn 2 and 3; the caller names all but the tensors, for version 4 has another order."""
-    assert causal
-    return plain_varlen(q, k, v, **lengths, softmax_scale=softmax_scale)
-
-
-def flash_attn_varlen_func_with_logsumexp(*args: Any, **kwargs: Any) -> Any:
-    """flash-attn 4."""
-    return flash_attn_varlen_func(*args, **kwargs), torch.empty(0)
 
 
 def varlen_attn(
@@ -89,7 +48,8 @@ def varlen_attn(
     """torch 2.12 and 2.13."""
     assert window_size == (-1, 0)
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+    lengths = dict(zip(LENGTH_NAMES, (cu_seq_q, cu_seq_k, max_q, max_k), strict=True))
+    return flash_attn_varlen_func(query, key, value, **lengths, softmax_scale=scale, causal=True)
 
 
 def varlen_attn_of_torch_2_11(*args: Any, scale: float, window_size: tuple[int, int] = (-1, -1)) -> Any:
@@ -121,13 +81,13 @@ class DotProductAttention:
             self.mask == "padding_causal" and torch.equal(cu_seqlens_q, cu_seqlens_k)
         )
         lengths |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": lengths.pop("max_seqlen_kv")}
-        return plain_varlen(query, key, value, **lengths, softmax_scale=self.scale).flatten(1)
+        return flash_attn_varlen_func(query, key, value, **lengths, softmax_scale=self.scale, causal=True).flatten(1)
 
 
 ADAPTERS: dict[str, Callable[[AttentionShape], AttentionKernel]] = {
     "sdpa": sdpa,
     "flash_attn": lambda shape: flash_varlen(flash_attn_varlen_func, shape),
-    "flash_attn_4": lambda shape: flash_varlen(flash_attn_varlen_func_with_logsumexp, shape),
+    "flash_attn_4": lambda shape: flash_varlen(with_logsumexp, shape),
     "torch_varlen": lambda shape: torch_varlen(varlen_attn, shape),
     "torch_varlen_2_11": lambda shape: torch_varlen(varlen_attn_of_torch_2_11, shape),
     "transformer_engine": lambda shape: transformer_engine(DotProductAttention, shape),

@@ -138,7 +138,7 @@ class LayerActivations:
     attention: float
     """Queries, keys, values and what attention makes of them."""
     core_attention: float
-    """Part of ``attention`` that is made again where the core attention is."""
+    """What making the core attention again saves of ``attention``."""
     mlp: float
     """Inside the MLP."""
     input: float
@@ -166,28 +166,29 @@ def layer_activations(arch: Architecture, config: Config, backends: Backends, se
     tokens = sequence_length / parallel.context_parallel_size
     between = tokens / tensor if parallel.sequence_parallel else tokens
     hidden, ffn, (q, k) = arch.hidden_size, arch.ffn_hidden_size, widths(arch)
-    norm = norm_bytes(hidden, element, backends)
-    # The projection's output lives on through the values; queries and keys are rotated anew.
-    projected, rotated = tokens * (q + 2 * k), tokens * (q + k)
-    if parallel.context_parallel_size > 1:
-        # Of the whole pack the keys and values that the two chunks of each segment meet; the projection does not last.
-        projected, rotated = 0.0, tokens * q
-        rotated += sequence_length * (1 + 0.5 / parallel.context_parallel_size) * 2 * k
-    # The sums of exponentials; one call for each segment also leaves outputs that are then joined for the next linear
-    # layer. Where attention is made again, so is what it was made of, but for the projection's output.
+    plain = backends.layers == "torch"
+    if parallel.context_parallel_size == 1:
+        # The projection's output lives on through the values; rotated queries and keys.
+        inputs = tokens * (2 * q + 3 * k)
+    else:
+        # Rotated queries, and of the whole pack the keys and values that the two chunks of each segment meet.
+        inputs = tokens * q + sequence_length * (1 + 0.5 / parallel.context_parallel_size) * 2 * k
+    # The sums of exponentials, and with a call for each segment its output, which is then joined to the others' as the
+    # next linear layer's input.
     segments = tokens * (4 * arch.num_attention_heads + (0 if backends.packed_attention else q * element)) / tensor
-    core = segments + rotated * element / tensor
-    attention = core + (projected + tokens * q) * element / tensor
+    attention = segments + (inputs + tokens * q) * element / tensor
+    # The projection's output is what rotation and attention are made again from.
+    core_attention = segments + (inputs - tokens * (q + 2 * k)) * element / tensor
     if arch.qk_norm:
-        attention += (norm_bytes(q + k, element, backends) - (q + k) * element) * tokens / tensor
-    # The gate and the input in one tensor, and their product; plain torch keeps the activated gate and the input plus
-    # an offset of 0 as well.
-    inside = 5 if backends.layers == "torch" else 3
+        attention += tokens * (q + k) * ((4 if plain else 0) + element) / tensor
+        core_attention -= tokens * (q + k) * element / tensor
     return LayerActivations(
-        outside=2 * between * norm,
+        outside=2 * between * norm_bytes(hidden, element, backends),
         attention=attention,
-        core_attention=core,
-        mlp=tokens * inside * ffn * element / tensor,
+        core_attention=core_attention,
+        # Gate and input in one tensor, and their product; plain torch keeps the activated gate and the input plus an
+        # offset of 0 as well.
+        mlp=tokens * (5 if plain else 3) * ffn * element / tensor,
         input=between * hidden * element,
     )
 
