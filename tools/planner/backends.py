@@ -4,8 +4,12 @@ machines are assumed to have installed."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from reflectron.engine.config import Config
+
+if TYPE_CHECKING:
+    from reflectron.tools.planner.hardware import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +51,16 @@ STACKS = {
 }
 
 
-def planned_backends(config: Config, stack: str) -> Backends:
-    """The backends of a run on machines with ``stack``.
+def planned_backends(config: Config, cluster: Cluster) -> Backends:
+    """The backends of a run on ``cluster``.
 
     Raises:
-        ValueError: for FP8 without transformer-engine's layers, which alone have it.
+        ValueError: for FP8 on GPUs without it, or without transformer-engine's layers, which alone have it.
     """
     named = {part: name for part, name in vars(config.backends).items() if name != "auto"}
-    chosen = replace(STACKS[stack], **named)
+    chosen = replace(STACKS[cluster.stack], **named)
+    if config.model.fp8 != "none" and not cluster.gpu.fp8_flops:
+        raise ValueError(f"model.fp8 is {config.model.fp8!r}, expected 'none': {cluster.gpu.name} has no FP8")
     if config.model.fp8 != "none" and chosen.layers != "transformer_engine":
         raise ValueError(
             f"model.fp8 is {config.model.fp8!r}, expected 'none' with backends.layers {chosen.layers!r}: plan with "

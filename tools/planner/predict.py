@@ -62,7 +62,7 @@ def predict(config: Config, arch: Architecture, machine: Cluster, batch: Batch |
     parallel = config.parallel
     check_parallel(arch, parallel)
     layers_per_stage(arch.num_layers, parallel)
-    replicas, backends = replicas_of(parallel, machine.gpus), planned_backends(config, machine.stack)
+    replicas, backends = replicas_of(parallel, machine.gpus), planned_backends(config, machine)
     load = pack_load(arch, config, batch, replicas) if isinstance(batch, Batch) else batch
     memory = max(
         (

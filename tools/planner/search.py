@@ -131,7 +131,7 @@ class Planner:
             rank_memory(
                 self.arch,
                 config,
-                planned_backends(config, self.cluster.stack),
+                planned_backends(config, self.cluster),
                 stage,
                 replicas=replicas_of(parallel, self.cluster.gpus),
                 microbatches=1,

@@ -168,7 +168,7 @@ class _Run:
 def step_time(arch: Architecture, config: Config, cluster: Cluster, load: Load, replicas: int) -> StepTime:
     """Seconds of one optimizer step."""
     parallel = config.parallel
-    run = _Run(arch, config, planned_backends(config, cluster.stack), cluster, load, replicas)
+    run = _Run(arch, config, planned_backends(config, cluster), cluster, load, replicas)
     stages, m = stages_of(arch, parallel), load.microbatches
     layer, head, host = _layer_time(run), _head_time(run), cluster.host(run.backends.layers)
     accumulated = [_accumulation_time(run, stage) for stage in stages]

@@ -110,7 +110,7 @@ def assumptions(planner: Planner, best: Prediction) -> list[str]:
     """All that the predictions rest on, one sentence each."""
     cluster, data, config = planner.cluster, planner.samples, planner.config
     share, gb = cluster.gpu.fractions, hardware.GB
-    backends = planned_backends(config, cluster.stack)
+    backends = planned_backends(config, cluster)
     lines = [
         f"Rates: {cluster.source}.",
         f"{cluster.gpu.name}: {cluster.gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bfloat16, "
@@ -127,7 +127,8 @@ def assumptions(planner: Planner, best: Prediction) -> list[str]:
         f"{cluster.node_bytes_per_second / gb:.0f}, between machines {cluster.network_bytes_per_second / gb:.0f} GB/s.",
         f"{cluster.gpus_per_node} GPUs a machine; {cluster.overlap:.0%} of communication hides behind what it may "
         f"overlap with; {hardware.LATENCY * 1e6:.0f} microseconds a collective; the host launches an operator in "
-        f"{hardware.LAUNCH * 1e6:.0f} microseconds, {traffic.LAYERS[backends.layers].operators} a layer and microbatch.",
+        f"{hardware.LAUNCH * 1e6:.0f} microseconds, {traffic.LAYERS[backends.layers].operators} a layer and "
+        "microbatch.",
         f"Backends ({cluster.stack}): {', '.join(f'{part} {name}' for part, name in vars(backends).items())}; the "
         f"{'Triton' if speed.head_backend(config, cluster) == 'triton' else 'plain'} head; products in "
         + ("bfloat16." if config.model.fp8 == "none" else "FP8 but for attention and the head; FP8 weights are kept."),
