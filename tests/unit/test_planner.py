@@ -135,7 +135,7 @@ def test_rates_of_a_calibration_file(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_a_cluster(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rates\.json is no calibration \(KeyError: 'microbatch'\), expected a file"):
+    with pytest.raises(ValueError, match=r"rates\.json is no calibration \(KeyError: 'step_layer'\), expected a file"):
         make_cluster("A800-80GB", 8, calibration=calibration_file(tmp_path / "rates.json", host_seconds={"step": 1}))
     with pytest.raises(ValueError, match="--gpu is CPU with a calibration of 2 processes, expected one of --gpus 4"):
         make_cluster("CPU", 4, calibration=calibration_file(tmp_path / "rates.json"))
@@ -252,7 +252,7 @@ def test_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads, has the paper's settings, fits, and says of itself what the planner says of it now."""
     monkeypatch.chdir(ROOT)
     text, config = path.read_text(encoding="utf-8"), load_config(str(path), [])
-    model, method, _ = path.stem.split("_")
+    model, method = path.stem.split("_")[:2]
     expected = METHODS[method]
     assert config.batch.global_batch_size == 512
     assert (config.optimizer.name, config.optimizer.learning_rate) == (expected["optimizer"], expected["learning_rate"])
@@ -273,6 +273,7 @@ def test_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_models_of_the_papers_have_recipes() -> None:
     names = {tuple(path.stem.split("_")) for path in RECIPES}
+    assert {("codellama-34b", "reflectioncoder", "16xH100", *more) for more in ((), ("te",), ("te", "fp8"))} <= names
     for model in ("codellama-7b", "codellama-34b", "deepseek-coder-6.7b", "deepseek-coder-33b"):
         assert {(model, "reflectioncoder", "16xA800")} <= names
     for model in ("codellama-python-7b", "deepseek-coder-6.7b"):

@@ -148,7 +148,9 @@ class Planner:
         return self._packed[key]
 
     def _candidates(self) -> Iterator[Config]:
-        config = self.config
+        # Named: a layout that fits with fused layers may not fit with the plain ones that ``auto`` falls back to.
+        layers = planned_backends(self.config, self.cluster).layers
+        config = replace(self.config, backends=replace(self.config.backends, layers=layers))
         # Both views of the longest sample have room in any case.
         least = config.data.max_length * (2 if self.samples.reflection.any() else 1)
         budgets = [-(-int(least * factor) // 1024) * 1024 for factor in _BUDGETS]
