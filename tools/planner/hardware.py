@@ -213,7 +213,7 @@ class Cluster:
         return self.gpu.bf16_flops * share
 
     def passes(self, part: str, elements: float, bytes_per_element: float) -> float:
-        """Seconds of passes over tensors of ``elements``; a ``part`` that was not measured runs as a copy does."""
+        """Seconds of passes over a tensor of ``elements``."""
         if self.calibration is None:
             return elements * bytes_per_element / self.memory_bytes_per_second
         return elements * bytes_per_element / self.calibration.tables[f"pass_{part}"].at(elements)

@@ -213,11 +213,9 @@ def _matrices(arch: Architecture, tensor: int) -> dict[str, tuple[float, float]]
 def _accumulation_time(run: _Run, stage: Stage) -> float:
     """Of a microbatch: weight gradients into their sums; the head adds the output layer's itself, and the embedding's
     gradient is a whole matrix of mostly zeros."""
-    tensor, cluster = run.config.parallel.tensor_model_parallel_size, run.cluster
-    moved = SUMMED[run.backends.fused_gradient][run.element]
-    seconds = 0.0
-    for inner, outer in _matrices(run.arch, tensor).values():
-        seconds += stage.layers * cluster.passes("sum", inner * outer, moved)
+    cluster, moved = run.cluster, SUMMED[run.backends.fused_gradient][run.element]
+    *layers, _ = _tensors(run, stage)
+    seconds = sum(count * cluster.passes("sum", size, moved) for count, size in layers)
     if stage.is_first:
         whole = vocabulary_parameters(run.arch, run.config)
         seconds += cluster.passes("sum", whole, run.element + SUMMED["torch"][run.element])
@@ -364,14 +362,24 @@ def _replica_time(run: _Run, stage: Stage, window: float) -> float:
 def _update_time(run: _Run, stage: Stage) -> float:
     """Norm, clipping and update of a rank's share, bound by memory; all gradients are zeroed, and parameters copied
     where a sharded update is gathered from no one else."""
-    parameters = stage_parameters(run.arch, run.config, stage)
     ranks = run.replicas * run.config.parallel.context_parallel_size
-    own = parameters / (ranks if run.sharded else 1)
-    seconds = run.cluster.passes("update", own, UPDATED[run.backends.fused_update][run.element])
-    seconds += run.cluster.passes("copy", parameters - own, 4.0)
-    if run.sharded and ranks == 1:
-        seconds += run.cluster.passes("copy", own, 2.0 * run.element)
+    share = 1 / ranks if run.sharded else 1.0
+    cluster, moved = run.cluster, UPDATED[run.backends.fused_update][run.element]
+    seconds = 0.0
+    for count, size in _tensors(run, stage):
+        seconds += count * cluster.passes("update", size * share, moved)
+        seconds += count * cluster.passes("copy", size * (1 - share), 4.0)
+        if run.sharded and ranks == 1:
+            seconds += count * cluster.passes("copy", size, 2.0 * run.element)
     return seconds
+
+
+def _tensors(run: _Run, stage: Stage) -> list[tuple[int, float]]:
+    """How many matrices of how many elements a rank of ``stage`` holds."""
+    tensor = run.config.parallel.tensor_model_parallel_size
+    layers = [(stage.layers, inner * outer) for inner, outer in _matrices(run.arch, tensor).values()]
+    ends = stage.is_first + (stage.is_last and not (run.arch.tied_embeddings and stage.is_first))
+    return [*layers, (ends, float(vocabulary_parameters(run.arch, run.config)))]
 
 
 def reference_flops(arch: Architecture, batch: Batch) -> float:
