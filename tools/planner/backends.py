@@ -4,7 +4,7 @@ machines are assumed to have installed."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from reflectron.engine.config import Config
 
@@ -17,7 +17,7 @@ class Backends:
     """Named as in the section ``backends`` of a run."""
 
     attention: str
-    layers: str
+    layers: Literal["transformer_engine", "liger", "torch"]
     weight_gradient: str
     adamw: str
 
@@ -57,7 +57,7 @@ def planned_backends(config: Config, cluster: Cluster) -> Backends:
     Raises:
         ValueError: for FP8 on GPUs without it, or without transformer-engine's layers, which alone have it.
     """
-    named = {part: name for part, name in vars(config.backends).items() if name != "auto"}
+    named: dict[str, Any] = {part: name for part, name in vars(config.backends).items() if name != "auto"}
     chosen = replace(STACKS[cluster.stack], **named)
     if config.model.fp8 != "none" and not cluster.gpu.fp8_flops:
         raise ValueError(f"model.fp8 is {config.model.fp8!r}, expected 'none': {cluster.gpu.name} has no FP8")
