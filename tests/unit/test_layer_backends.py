@@ -130,19 +130,14 @@ def test_hugging_face_tensors_in_parameters_named_by_transformer_engine() -> Non
     assert named(_checkpoint_name) == named(lambda name: name)
 
 
-def test_parts_of_transformer_engine() -> None:
-    """Their classes exist without it, but cannot be built."""
+def test_transformer_engine_holds_norms_inside_linear_layers() -> None:
     from megatron.core.transformer.identity_op import IdentityOp
 
     from reflectron.engine.model.spec import layer_parts
 
     parts = layer_parts(Backends(layers="transformer_engine"))
     assert parts.norm_before_linear is IdentityOp
-    assert (parts.column_linear.__name__, parts.row_linear.__name__, parts.norm.__name__) == (
-        "TELayerNormColumnParallelLinear",
-        "TERowParallelLinear",
-        "TENorm",
-    )
+    assert parts.norm.__name__ == "TENorm"
 
 
 def test_the_chosen_adamw_is_built_whatever_was_found_on_import(monkeypatch: pytest.MonkeyPatch) -> None:
