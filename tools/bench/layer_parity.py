@@ -60,9 +60,10 @@ def layer_parity(
 
 def _rows(case: str, backend: str, device: torch.device, dtype: str) -> list[dict[str, Any]]:
     part, make_problem = LAYER_CASES[case]
+    asked: dict[str, Any] = {part: backend}
     config = Config(
         model=ModelConfig(dtype="float32" if dtype == "float32" else "bfloat16"),
-        backends=BackendsConfig(**{part: backend}),
+        backends=BackendsConfig(**asked),
     )
     row = {"part": part, "case": case, "backend": backend, "dtype": dtype}
     if reason := CANDIDATES[part][backend](Use(config, None, device)):
