@@ -38,10 +38,34 @@ def test_liger_on_the_cpu_is_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CANDIDATES["layers"]["liger"](Use(Config(backends=asked), None, CPU)) == (
         "Triton's interpreter computes float32, not model.dtype bfloat16"
     )
-    monkeypatch.setattr(backends, "without_package", lambda *_, **__: None)
     assert CANDIDATES["layers"]["liger"](use) is None
     monkeypatch.delenv("TRITON_INTERPRET")
     assert CANDIDATES["layers"]["liger"](use) == "needs CUDA"
+
+
+def test_layers_are_run_before_they_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel")
+    from reflectron.engine.model import liger
+    from reflectron.engine.model.layer_check import (
+        LayerSizes,
+        liger_disagreement,
+        transformer_engine_disagreement,
+    )
+
+    sizes = LayerSizes(hidden=24, ffn=40, heads=6, groups=2, head_dim=16)
+    assert liger_disagreement(sizes, torch.float32, CPU) is None
+    fused, kernel = liger.swiglu, liger.LigerRopeFunction
+    monkeypatch.setattr(liger, "swiglu", lambda x: 1.2 * fused(x))
+    assert (liger_disagreement(sizes, torch.float32, CPU) or "").startswith(
+        "computes another SwiGLU than torch: relative error 4.4e-01"
+    )
+    monkeypatch.setattr(liger, "swiglu", fused)
+    monkeypatch.setattr(kernel, "apply", lambda *_: 1 / 0)
+    assert liger_disagreement(sizes, torch.float32, CPU) == "fails: ZeroDivisionError: division by zero"
+    if not torch.cuda.is_available():
+        reason = transformer_engine_disagreement(sizes, torch.float32, CPU)
+        assert reason is not None
+        assert reason.startswith("fails: ")
 
 
 def test_addmm_needs_a_torch_that_adds_bfloat16_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +101,7 @@ def test_fp8_is_refused_where_nothing_computes_it() -> None:
 def test_what_fp8_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked of transformer-engine's layers as if it were installed."""
     monkeypatch.setattr(backends, "without_package", lambda *_, **__: None)
+    monkeypatch.setattr(backends, "transformer_engine_disagreement", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     objection = CANDIDATES["layers"]["transformer_engine"]
     assert objection(Use(Config(), architecture(ffn=100), CUDA)) is None
