@@ -190,7 +190,8 @@ class ParallelConfig:
     """What the backward computes again instead of keeping: ``full`` all of a layer from its input, ``selective`` what
     ``recompute_modules`` names."""
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """For ``selective``: ``core_attn`` (scores and values), ``mlp`` (most of what a layer keeps), or both."""
+    """For ``selective``: ``core_attn`` (rotated queries and keys, attended values), ``mlp`` (most of what a layer
+    keeps), or both."""
 
     def __post_init__(self) -> None:
         for name in (
