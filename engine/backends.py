@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from reflectron.engine.config import Config
 from reflectron.engine.model.attention_check import disagreement
 from reflectron.engine.model.attention_kernels import AttentionShape
 from reflectron.engine.model.families import Architecture
+from reflectron.engine.model.layer_check import LayerSizes, liger_disagreement, transformer_engine_disagreement
 from reflectron.engine.model.rope import softmax_scale
 
 
@@ -92,6 +94,9 @@ def choose_backends(config: Config, arch: Architecture | None, device: torch.dev
                 able = [repr(other) for other, objects in candidates.items() if objects(use) is None]
                 raise ValueError(f"backends.{part} is {name!r}, expected 'auto' or {' or '.join(able)}: {reason}")
             passed_over[part][name] = reason
+        if part not in chosen:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over[part].items())
+            raise ValueError(f"backends.{part} is {asked!r}, expected something that can do what is asked: {reasons}")
     return Backends(**chosen, passed_over=passed_over)
 
 
@@ -186,12 +191,6 @@ def _attention(backend: str, missing: Callable[[Use], str | None]) -> Objection:
     return objection
 
 
-def _without_te_attention(use: Use) -> str | None:
-    return without_package(
-        "transformer-engine", "transformer_engine.pytorch", "pip install 'transformer-engine[pytorch]'"
-    )
-
-
 def _without_flash_attention_3(use: Use) -> str | None:
     if torch.cuda.get_device_capability(use.device)[0] != 9:
         return f"needs compute capability 9.0, not {_capability(use)}"
@@ -224,20 +223,121 @@ def _capability(use: Use) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability(use.device)))
 
 
-def _not_built(use: Use) -> str | None:
-    return without_cuda(use) or "the engine does not use it yet"
+# The first whose FusedAdam keeps moments in bfloat16; its layers have not been tried with an older one either.
+_TRANSFORMER_ENGINE = "2.1"
+_APEX = "built from NVIDIA's source with --cpp_ext and --cuda_ext; PyPI's apex is another project"
+# The first whose SwiGLU reads gate and up out of one tensor.
+_LIGER = "0.8.5"
+# The first whose addmm takes bfloat16 factors and a float32 sum.
+_ADDMM = "2.10"
+# Ada and Hopper are the first with FP8 matrix products, which take sizes in multiples of 16.
+_FP8_CAPABILITY, _FP8_MULTIPLE = (8, 9), 16
+
+
+def _without_transformer_engine(use: Use) -> str | None:
+    return without_cuda(use) or without_package(
+        "transformer-engine",
+        "transformer_engine.pytorch",
+        "pip install 'transformer-engine[pytorch]'",
+        at_least=_TRANSFORMER_ENGINE,
+    )
+
+
+def _layers_transformer_engine(use: Use) -> str | None:
+    return (
+        _without_transformer_engine(use)
+        or _impossible_in_fp8(use)
+        or transformer_engine_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
+    )
+
+
+def layer_sizes(use: Use) -> LayerSizes:
+    """Of a layer on a rank; of no model in particular where none is known."""
+    if use.arch is None:
+        return LayerSizes()
+    arch, ranks = use.arch, use.config.parallel.tensor_model_parallel_size
+    return LayerSizes(
+        hidden=arch.hidden_size,
+        ffn=arch.ffn_hidden_size // ranks,
+        heads=arch.num_attention_heads // ranks,
+        groups=arch.num_query_groups // ranks,
+        head_dim=arch.head_dim,
+        eps=arch.layernorm_epsilon,
+    )
+
+
+def _impossible_in_fp8(use: Use) -> str | None:
+    """Where FP8 is asked for: a device or a matrix of this rank that cannot do it."""
+    if use.config.model.fp8 == "none":
+        return None
+    if torch.cuda.get_device_capability(use.device) < _FP8_CAPABILITY:
+        return f"model.fp8 needs compute capability 8.9 or higher, not {_capability(use)}"
+    layer = layer_sizes(use)
+    sizes = {
+        "hidden_size": layer.hidden,
+        "intermediate_size": layer.ffn,
+        "width of the query heads": layer.heads * layer.head_dim,
+        "width of the key heads": layer.groups * layer.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % _FP8_MULTIPLE:
+            return f"model.fp8 needs multiples of {_FP8_MULTIPLE}, and the model's {name} on a rank is {size}"
+    return None
+
+
+def _layers_liger(use: Use) -> str | None:
+    if use.config.model.fp8 != "none":
+        return _layers_torch(use)
+    # Triton's interpreter is for tests: nothing but its name chooses it.
+    interpreted = use.config.backends.layers == "liger" and os.environ.get("TRITON_INTERPRET") == "1"
+    if use.device.type != "cuda" and not interpreted:
+        return "needs CUDA"
+    if interpreted and use.config.model.dtype != "float32":
+        return f"Triton's interpreter computes float32, not model.dtype {use.config.model.dtype}"
+    return without_package(
+        "liger-kernel", "liger_kernel.ops.swiglu", "pip install '.[fused]'", at_least=_LIGER
+    ) or liger_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
+
+
+def _layers_torch(use: Use) -> str | None:
+    return None if use.config.model.fp8 == "none" else f"model.fp8 {use.config.model.fp8} needs transformer_engine"
+
+
+def _gradient_apex(use: Use) -> str | None:
+    return without_cuda(use) or without_package("apex", "fused_weight_gradient_mlp_cuda", _APEX)
+
+
+def _gradient_addmm(use: Use) -> str | None:
+    if use.device.type == "cuda" and use.config.model.dtype == "bfloat16" and torch.__version__ < _ADDMM:
+        return f"torch is {torch.__version__}, and before {_ADDMM} its addmm cannot add bfloat16 products to float32"
+    return None
+
+
+def _adamw_apex(use: Use) -> str | None:
+    return _adamw_torch(use) or without_cuda(use) or without_package("apex", "apex.optimizers", _APEX)
+
+
+def _adamw_torch(use: Use) -> str | None:
+    if keys := use.config.optimizer.needs_cuda:
+        return f"optimizer.{keys[0]} needs transformer_engine"
+    return None
 
 
 CANDIDATES: dict[str, dict[str, Objection]] = {
     "attention": {
-        "transformer_engine": _attention("transformer_engine", _without_te_attention),
+        "transformer_engine": _attention("transformer_engine", _without_transformer_engine),
         "flash_attention_3": _attention("flash_attention_3", _without_flash_attention_3),
         "flash_attention_4": _attention("flash_attention_4", _without_flash_attention_4),
         "flash_attention_2": _attention("flash_attention_2", _without_flash_attention_2),
         "torch_varlen": _attention("torch_varlen", _without_torch_varlen),
         "sdpa": _nothing,
     },
-    "layers": {"transformer_engine": _not_built, "liger": _not_built, "torch": _nothing},
-    "weight_gradient": {"apex": _not_built, "addmm": _not_built, "torch": _nothing},
-    "adamw": {"transformer_engine": _not_built, "apex": _not_built, "torch_fused": _not_built, "torch": _nothing},
+    "layers": {"transformer_engine": _layers_transformer_engine, "liger": _layers_liger, "torch": _layers_torch},
+    "weight_gradient": {"apex": _gradient_apex, "addmm": _gradient_addmm, "torch": _nothing},
+    "adamw": {
+        "transformer_engine": _without_transformer_engine,
+        "apex": _adamw_apex,
+        "torch_fused": _adamw_torch,
+        "torch": _adamw_torch,
+    },
 }

@@ -78,12 +78,18 @@ class ModelConfig:
     """A ``config.json`` to initialise at random instead of ``path``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameters and activations; optimizer state and gradients are float32 in either case."""
+    fp8: Literal["none", "delayed", "current"] = "none"
+    """FP8 products in the linear layers of transformer-engine, E4M3 forward and E5M2 backward: scaled by the largest
+    values of the step before (``delayed``) or of the tensor itself (``current``). Needs ``dtype`` bfloat16."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size; exports are not padded."""
 
     def __post_init__(self) -> None:
         key = "model.make_vocab_size_divisible_by"
         _require(self.make_vocab_size_divisible_by >= 1, key, self.make_vocab_size_divisible_by, "at least 1")
+        _require(
+            self.fp8 == "none" or self.dtype == "bfloat16", "model.fp8", self.fp8, "'none' with model.dtype float32"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

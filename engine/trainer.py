@@ -85,7 +85,9 @@ class Trainer:
         self.chunks = load_model(config, inputs.model, groups, dtype, self.backends, self.resumed is None)
         shard = shards_optimizer(config.optimizer, config.parallel.distributed_optimizer)
         self.wrapped = parallelize(self.chunks, config.parallel, shard)
-        self.optimizer = build_optimizer(config.optimizer, self.wrapped, self.chunks, self.arch, groups, shard)
+        self.optimizer = build_optimizer(
+            config.optimizer, self.wrapped, self.chunks, self.arch, groups, shard, self.backends.adamw
+        )
         self.state = TrainingState(self.chunks, self.optimizer, self.arch, groups)
         if self.resumed is not None:
             manifest = self.resumed.manifest
@@ -233,7 +235,8 @@ def load_model(
         arch.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
     )
     loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, parallel.sequence_parallel)
-    chunks = build_chunks(arch, transformer_config(arch, parallel, dtype, backends), vocab, loss, backends)
+    model_config = transformer_config(arch, parallel, dtype, backends, config.model.fp8)
+    chunks = build_chunks(arch, model_config, vocab, loss, backends)
     if with_weights:
         load_weights(chunks, arch, weight_source(config, inputs), groups)
     return chunks

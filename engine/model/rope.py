@@ -64,6 +64,18 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def rotary_angles(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """The same angles ``[T, 1, 1, D]`` float32, as transformer-engine's kernel takes them."""
+    angles = torch.outer(position_ids.float(), inv_freq)
+    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def cosines_and_sines(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines ``[2, T, D / 2]`` float32 of the same angles, as Liger's kernel takes them."""
+    angles = torch.outer(position_ids.float(), inv_freq)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
 def _llama3(inv_freq: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
     """Long wavelengths are stretched by ``factor``, short ones kept, those between blended (Llama 3.1)."""
     factor = scaling["factor"]

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from reflectron.engine.backends import Backends
 from reflectron.engine.config import (
+    BackendsConfig,
     BatchConfig,
     Config,
     DataConfig,
@@ -43,6 +44,7 @@ from reflectron.engine.preparation import ModelInputs, read_model_inputs
 redirect_cuda_to_cpu()
 
 
+from reflectron.engine.backends import choose_backends  # noqa: E402
 from reflectron.engine.checkpoint.hf import gather_piece  # noqa: E402
 from reflectron.engine.checkpoint.hf_table import hf_pieces  # noqa: E402
 from reflectron.engine.data.global_batch import GlobalBatch, assemble, share_of_batch  # noqa: E402
@@ -74,6 +76,7 @@ def job_config(job: Job) -> Config:
         loss=LossConfig(backend=job["layout"].get("backend", "reference")),
         batch=BatchConfig(tokens_per_microbatch=budget),
         parallel=ParallelConfig(device="cpu", **job["layout"].get("parallel", {})),
+        backends=BackendsConfig(**job["layout"].get("backends", {})),
         # A step of the size of the gradient, so that the weights show it.
         optimizer=OptimizerConfig(learning_rate=1.0, eps=1.0, clip_grad_norm=0.0),
     )
@@ -122,6 +125,7 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
     backends = Backends(attention=job["layout"].get("attention", "sdpa"))
     sys.modules["flash_attn"] = varlen_kernel
     batch = global_batch(job, config, inputs, groups)
+    backends = choose_backends(config, inputs.arch, groups.device)
     out.mkdir(parents=True, exist_ok=True)
 
     chunks = load_model(config, inputs, groups, torch.float32, backends)
@@ -139,7 +143,7 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
 
     chunks = load_model(config, inputs, groups, torch.float32, backends)
     wrapped = parallelize(chunks, config.parallel, shard_optimizer=True)
-    optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, shard=True)
+    optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, True, backends.adamw)
     norms = []
     for step in range(1, job["steps"] + 1):
         norms.append(train_step(wrapped, optimizer, groups, batch, 1.0).grad_norm)

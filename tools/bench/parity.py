@@ -21,7 +21,7 @@ MOST_OF_PLAIN = 1.2
 # Beside it, in units of the type's rounding: two kernels that round in another order differ by that.
 TINY = 0.1
 # For the plain one, likewise: sums of products are float32 in either type, and only float32's rounding shows them.
-_PLAIN = {"bfloat16": 1.5, "float32": 10.0}
+PLAIN_ERROR = {"bfloat16": 1.5, "float32": 10.0}
 
 # query heads, key-value heads, width of a head, context-parallel chunks
 ATTENTION_CASES: dict[str, tuple[int, int, int, bool]] = {
@@ -79,7 +79,7 @@ def _attention_rows(case: str, backend: str, device: torch.device, dtype: str) -
     plain = attention_errors(sdpa(shape), problem, torch_dtype)
     rounding = torch.finfo(torch_dtype).eps
     if backend == "sdpa":
-        errors, limits = plain, dict.fromkeys(plain, _PLAIN[dtype] * rounding)
+        errors, limits = plain, dict.fromkeys(plain, PLAIN_ERROR[dtype] * rounding)
     else:
         errors = attention_errors(attention_kernel(backend, shape), problem, torch_dtype)
         limits = {name: MOST_OF_PLAIN * error + TINY * rounding for name, error in plain.items()}
