@@ -21,6 +21,7 @@ HELD_OUT_SHARE = 0.15
 _NAMES = ("f", "solve", "work", "answer")
 _MUTATIONS = ("comparison", "constant", "arithmetic")
 """Changes that a programmer might make by mistake."""
+_FIRST_MUTANTS = 8
 
 Pair = tuple[str, str]
 
@@ -114,7 +115,9 @@ def faulty(problem: Problem, rng: random.Random) -> Iterator[str]:
         yield replace(problem, uses=(uses[1], uses[0], *uses[2:])).code
     at = rng.randrange(len(uses))
     yield replace(problem, uses=(*uses[:at], _another(uses[at], rng), *uses[at + 1 :])).code
-    slips = [mutant.code for mutant in mutants(code) if mutant.change.split(",")[0] in _MUTATIONS]
+    # Kinds of change take turns, so that the first ones are of all kinds.
+    first = itertools.islice(mutants(code), _FIRST_MUTANTS)
+    slips = [mutant.code for mutant in first if mutant.change.split(",")[0] in _MUTATIONS]
     if slips:
         yield rng.choice(slips)
 

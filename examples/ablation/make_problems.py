@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the four files")
     parser.add_argument("--instructions", type=int, default=4000, help="training problems (default: %(default)s)")
     parser.add_argument(
-        "--reflections", type=int, default=1000, help="of these with a reflection (default: %(default)s)"
+        "--reflections", type=int, default=500, help="of these with a reflection (default: %(default)s)"
     )
     parser.add_argument("--validations", type=int, default=100, help="held-out samples (default: %(default)s)")
     parser.add_argument("--tests", type=int, default=200, help="held-out problems (default: %(default)s)")
