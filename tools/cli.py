@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "draw samples: roles, blocks, supervised tokens, what the student sees",
     "eval score": "pass@k of completions of a benchmark's problems or one's own",
     "eval run": "generate, score and report in one go",
+    "eval ablate": "train and score a configuration without each part of the method, with intervals",
     "eval generate": "answers of a model to a benchmark's problems or one's own",
     "convert hf-to-dist": "Hugging Face checkpoint -> megatron-core's format, one tensor at a time",
     "convert dist-to-hf": "training checkpoint or megatron-core's format -> Hugging Face checkpoint",

@@ -103,8 +103,8 @@ def row_weights(views: Sequence[SampleViews], loss: LossConfig) -> list[SampleWe
     """Weights under which the sum over all rows of a global batch is its loss.
 
     ``sample``: the mean over samples of (sum of both cross entropies / their rows + divergence / its rows), as
-    ReflectionCoder trains with one sample per device. ``token``: each term's mean over all its rows in the batch. Rows of
-    a cross entropy with factor 0 do not count: without the student's, what is left is plain next-token prediction.
+    ReflectionCoder trains with one sample per device. ``token``: each term's mean over all its rows in the batch. Rows
+    of a cross entropy with factor 0 do not count: without the student's, what is left is plain next-token prediction.
     """
     ce_rows = [
         v.ce_teacher_rows * bool(loss.ce_teacher_weight) + v.ce_student_rows * bool(loss.ce_student_weight)

@@ -24,6 +24,7 @@ def test_plus_counts_what_passes_both() -> None:
     result = summarize("humaneval", samples, [(PASS, PASS), (PASS, FAIL), (FAIL, PASS), (FAIL, FAIL)])
     assert result["pass_at_1"] == {"base": 0.5, "plus": 0.25}
     assert result["n_passed"] == {"base": 2, "plus": 1}
+    assert result["passed"]["plus"] == {"HumanEval/0": 1, "HumanEval/1": 0, "HumanEval/2": 0, "HumanEval/3": 0}
     assert [(f["task_id"], f["suite"]) for f in result["failed"]] == [
         ("HumanEval/1", "plus"),
         ("HumanEval/2", "base"),

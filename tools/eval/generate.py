@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``eval generate`` and ``eval run`` have in common."""
     parser.add_argument("--model", required=True, help="checkpoint folder, or the name that the endpoint knows")
-    add_problem_arguments(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    add_answer_arguments(parser)
     parser.add_argument("--prompt", choices=STYLES, default="reflection", help="style (default: reflection)")
     parser.add_argument("--backend", choices=("transformers", "vllm", "endpoint"), default="transformers")
     parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1")
@@ -48,6 +47,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``eval ablate`` has in common with them."""
+    add_problem_arguments(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once; endpoint: requests")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -76,13 +81,8 @@ def generate(args: argparse.Namespace, file: ProblemFile, out: Path) -> int:
     """
     _check(args)
     problems = load_problems(file.dataset, file.path)[: args.limit]
-    decoding = Decoding(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        stop=stop_strings(args.prompt, file.dataset),
-    )
-    done = _written(out, _settings(args, file, decoding))
+    decoding = _decoding(args, file)
+    done = _written(out, generation_settings(args, file))
     missing = [
         (problem, number)
         for problem in problems
@@ -110,6 +110,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--backend endpoint and --endpoint URL belong together")
     if args.backend == "endpoint" and args.bos:
         raise ValueError("--bos cannot be asked of an endpoint: its own tokenizer decides")
+
+
+def _decoding(args: argparse.Namespace, file: ProblemFile) -> Decoding:
+    return Decoding(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        stop=stop_strings(args.prompt, file.dataset),
+    )
 
 
 def _backend(args: argparse.Namespace) -> Backend:
@@ -165,8 +174,9 @@ def _seed(seed: int, task_id: str, number: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _settings(args: argparse.Namespace, file: ProblemFile, decoding: Decoding) -> dict[str, Any]:
+def generation_settings(args: argparse.Namespace, file: ProblemFile) -> dict[str, Any]:
     """All that determines a sample, but its task and number."""
+    decoding = _decoding(args, file)
     return {
         "model": args.model,
         "weights": weights_identity(Path(args.model)),

@@ -1,9 +1,9 @@
 """What several runs passed of the same tasks comes in, shares and differences with 95 % intervals go out.
 
-Tasks and seeds are both samples: other tasks could have been asked, other seeds trained. The variance of a mean is the sum
-of its variance over tasks and over seeds, in which chance that belongs to neither is counted twice, so that intervals err
-on the wide side. Few seeds say little about their spread, hence Student's t with Satterthwaite's degrees of freedom. With
-one seed nothing is known of it, and an interval speaks of tasks alone.
+Tasks and seeds are both samples: other tasks could have been asked, other seeds trained. The variance of a mean is the
+sum of its variances over tasks and over seeds, in which chance that belongs to neither counts twice, so intervals err
+on the wide side. Few seeds say little about their spread, hence Student's t with Satterthwaite's degrees of freedom.
+With one seed nothing is known of it, and an interval speaks of tasks alone.
 
 S seeds, T tasks; a matrix [S, T] holds 1 where a run passed a task, else 0.
 """
@@ -48,8 +48,8 @@ def share(passed: np.ndarray) -> Estimate:
 def difference(passed: np.ndarray, baseline: np.ndarray) -> Estimate:
     """Share of tasks passed, less the baseline's: paired by seed and task.
 
-    Its interval is Wald's with a task more on either side that only one of the two passes (Bonett and Price, 2012): runs
-    that agree on every task do not prove that they agree on all tasks. The value is without these two.
+    Its interval is Wald's with a task more on either side that only one of the two passes (Bonett and Price, 2012):
+    runs that agree on these tasks are not proven to agree on others. The value is without these two.
 
     Args:
         passed: [S, T].

@@ -43,6 +43,8 @@ class Score(TypedDict):
     """By k, as far as every task has k samples: the unbiased estimator of the Codex paper (arXiv 2107.03374)."""
     n_passed: dict[str, int]
     """Samples."""
+    passed: dict[str, dict[str, int]]
+    """Samples of each task, by suite."""
     failed: list[dict[str, Any]]
     """Every sample that does not pass plus, with its first failing input."""
 
@@ -226,6 +228,7 @@ def summarize(dataset: str, samples: Sequence[Sample], verdicts: Sequence[Sequen
         pass_at_1=at_k["1"],
         pass_at_k=at_k,
         n_passed={suite: sum(good) for suite, good in counts.items()},
+        passed=passed,
         failed=failed,
     )
 
