@@ -145,4 +145,4 @@ def _another(use: Use, rng: random.Random) -> Use:
     """A use of another operation that fits in the same places."""
     table = RESULTS if use.operation in RESULTS else STEPS
     same = [o for o in table if o != use.operation and (o.takes, o.gives) == (use.operation.takes, use.operation.gives)]
-    return _draw_use(tuple(same) or (use.operation,), use.operation.takes.replace("any", "int"), rng)
+    return _draw_use(tuple(same), use.operation.takes.replace("any", "int"), rng)

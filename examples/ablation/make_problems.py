@@ -185,6 +185,8 @@ def generate(instructions: int, reflections: int, validations: int, tests: int, 
     training = make(instructions, False, seed)
     held_out = make(validations + tests, True, seed)
     short = [s for s in training if len(s.wants[s.failing]) <= _LONGEST_OUTPUT]
+    if len(short) < reflections:
+        raise ValueError(f"--reflections is {reflections}, expected at most {len(short)}: problems with short results")
     return {
         "instruction": [instruction_sample(solved) for solved in training],
         "reflection": list(reflection_samples(short[:reflections], random.Random(f"{seed}/reflection"))),

@@ -76,6 +76,11 @@ def test_same_seed_same_records(make_problems: ModuleType, made: dict[str, Any])
     assert make_problems.generate(**COUNTS, seed=4) != made
 
 
+def test_more_reflections_than_problems_are_refused(make_problems: ModuleType) -> None:
+    with pytest.raises(ValueError, match="--reflections is 9, expected at most"):
+        make_problems.generate(instructions=4, reflections=9, validations=1, tests=1, seed=3)
+
+
 def test_each_file_holds_its_kind(made: dict[str, Any]) -> None:
     assert [len(made[name]) for name in ("instruction", "reflection", "validation", "held_out")] == [24, 8, 3, 12]
     for name, kind in (("instruction", "generation"), ("reflection", "reflection"), ("validation", "generation")):
@@ -84,7 +89,7 @@ def test_each_file_holds_its_kind(made: dict[str, Any]) -> None:
 
 def test_held_out_pairs_are_in_no_training_problem(make_problems: ModuleType, composition: ModuleType) -> None:
     reserved = composition.held_out_pairs(3)
-    training, held_out = (make_problems.make(30, part, 3) for part in (False, True))
+    training, held_out = (make_problems.make(12, part, 3) for part in (False, True))
     assert not any(reserved & set(solved.problem.pairs) for solved in training)
     assert all(reserved & set(solved.problem.pairs) for solved in held_out)
 
