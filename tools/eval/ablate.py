@@ -55,12 +55,15 @@ def run(args: argparse.Namespace) -> int:
 
     base = Base(args.config, tuple(args.overrides), Path(args.out))
     seeds = [int(seed) for seed in dict.fromkeys(args.seeds)]
+    if args.same_tokens:
+        # Half a minute a run with the paper's 400,000 samples.
+        print("counting the tokens of every run", flush=True)
     runs = plan(base, chosen(args.groups, args.variants), seeds, args.same_tokens, sys.stderr.isatty())
     rows: list[dict[str, Any]] = []
     first_failure = 0
     for number, one in enumerate(runs, 1):
         place = f"[{number}/{len(runs)}] {one}"
-        print(f"{place}: {' '.join(one.overrides) or 'the configuration as it stands'}", flush=True)
+        print(f"{place}: {one.folder}", flush=True)
         try:
             train(one)
             rows.append(evaluate(one, args))

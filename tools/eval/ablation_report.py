@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 _METHOD = """\
 pass@1 of greedy answers, with 95 % intervals over tasks and seeds: Wilson's, for as many tasks as have the variance
-that is seen. `less full` is paired by task and seed, in points; an interval without 0 is a difference. Each interval
+that is seen. `minus full` is paired by task and seed, in points; an interval without 0 is a difference. Each interval
 stands for itself: of twenty, one misses. With one seed it speaks of other tasks, not of other seeds.
 """
 
@@ -28,7 +28,7 @@ class Comparison:
     """A variant on one suite of tests."""
 
     passed: Estimate
-    less_full: Estimate | None
+    minus_full: Estimate | None
     """None for ``full`` itself, and without a seed in common with it."""
 
 
@@ -41,16 +41,16 @@ def compare(rows: Sequence[Row], suite: str) -> dict[str, Comparison]:
     found = {}
     for variant, by_seed in by_variant.items():
         shared = [seed for seed in by_seed if seed in full] if variant != FULL else []
-        less_full = None
+        minus_full = None
         if shared:
-            less_full = difference(_matrix(by_seed, shared, suite), _matrix(full, shared, suite))
-        found[variant] = Comparison(share(_matrix(by_seed, list(by_seed), suite)), less_full)
+            minus_full = difference(_matrix(by_seed, shared, suite), _matrix(full, shared, suite))
+        found[variant] = Comparison(share(_matrix(by_seed, list(by_seed), suite)), minus_full)
     return found
 
 
 def _matrix(by_seed: Mapping[int, Row], seeds: Sequence[int], suite: str) -> np.ndarray:
-    """What passed: [seeds, tasks]."""
-    tasks = list(by_seed[seeds[0]]["passed"][suite])
+    """What passed: [seeds, tasks], the tasks in the order of their names, for each row has them in its own."""
+    tasks = sorted(by_seed[seeds[0]]["passed"][suite])
     return np.array([[by_seed[seed]["passed"][suite][task] for task in tasks] for seed in seeds])
 
 
@@ -93,14 +93,14 @@ def write_report(folder: Path, rows: Sequence[Row], *, config: str, same_tokens:
 def _table(rows: Sequence[Row], dataset: str, found: Mapping[str, Mapping[str, Comparison]]) -> list[str]:
     head = ["variant", "seeds"]
     for suite in found:
-        head += [f"{suite_name(dataset, suite)}, %", "less full, points"]
+        head += [f"{suite_name(dataset, suite)}, %", "minus full, points"]
     head += ["tokens", "samples", "steps", "last loss"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
     for variant in next(iter(found.values())):
         own = [row for row in rows if row["variant"] == variant]
         cells = [", ".join([variant, *own[0]["same_as"]]), str(len(own))]
         for comparisons in found.values():
-            cells += [_percent(comparisons[variant].passed), _percent(comparisons[variant].less_full, signed=True)]
+            cells += [_percent(comparisons[variant].passed), _percent(comparisons[variant].minus_full, signed=True)]
         cells += [f"{np.mean([row[key] for row in own]):,.0f}" for key in ("tokens", "samples", "steps")]
         losses = [row["last_loss"] for row in own if row["last_loss"] is not None]
         cells.append(f"{np.mean(losses):.3f}" if losses else "not finite")
@@ -136,7 +136,7 @@ def _plot(path: Path, dataset: str, found: Mapping[str, Mapping[str, Comparison]
     )
     for number, (suite, comparisons) in enumerate(found.items()):
         offset = (number - (len(found) - 1) / 2) * 0.25
-        for axis, name in ((shares, "passed"), (differences, "less_full")):
+        for axis, name in ((shares, "passed"), (differences, "minus_full")):
             estimates = {place: getattr(comparisons[v], name) for place, v in enumerate(variants)}
             shown = {place + offset: estimate for place, estimate in estimates.items() if estimate is not None}
             middles = [(estimate.low + estimate.high) / 2 for estimate in shown.values()]
@@ -147,7 +147,7 @@ def _plot(path: Path, dataset: str, found: Mapping[str, Mapping[str, Comparison]
     shares.set_yticks(range(len(variants)), variants)
     shares.invert_yaxis()
     shares.set_xlabel(f"{suite_name(dataset, 'base')} pass@1, %")
-    differences.set_xlabel("less full, points")
+    differences.set_xlabel("minus full, points")
     differences.axvline(0, color="gray", linewidth=1)
     shares.legend(fontsize="small")
     for axis in (shares, differences):

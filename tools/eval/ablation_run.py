@@ -21,6 +21,7 @@ from typing import Any
 
 from reflectron.engine.checkpoint.retention import checkpoints_folder
 from reflectron.engine.parallel.launch import die_with
+from reflectron.tools.bench.rows import commit, installed_version
 from reflectron.tools.eval import run as eval_run
 from reflectron.tools.eval.ablation_plan import Run
 from reflectron.tools.eval.generate import generation_settings
@@ -101,7 +102,7 @@ def _run_evaluation(what: str, words: Sequence[str], parsed: argparse.Namespace,
         _start(what, ["eval", "run", *words], log)
         return
     # Here imports are what takes time, and one process pays for them once.
-    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         eval_run.run(parsed)
 
 
@@ -122,6 +123,9 @@ def _row(run: Run) -> dict[str, Any]:
         "tokens": sum(row[name] for row in steps for name in _TOKENS),
         **{name: sum(row[name] for row in steps) for name in _TOKENS},
         "last_loss": steps[-1]["loss"],
+        "train_seconds": round(sum(row["step_time_ms"] for row in steps) / 1e3, 1),
+        "versions": {name: installed_version(name) for name in ("torch", "megatron-core", "transformers", "evalplus")},
+        "commit": commit(),
     }
 
 
