@@ -27,7 +27,7 @@ def blocks(record: dict[str, Any], turn: int) -> list[tuple[str, str]]:
     return [(block["type"], block["content"]) for block in record["messages"][turn]["content"]]
 
 
-def tested_records() -> dict[str, dict[str, Any]]:
+def records_with_assertions() -> dict[str, dict[str, Any]]:
     """By problem, the shipped samples whose last program has assertions, as the factory asks for them."""
     records = map(json.loads, DATA.read_text(encoding="utf-8").splitlines())
     found = {
@@ -51,7 +51,7 @@ def speak(records: dict[str, dict[str, Any]], body: dict[str, Any]) -> Scripted:
 
 @pytest.mark.slow
 def test_the_quickstart_can_be_made_by_the_factory(tmp_path: Path, sandbox: SandboxKind) -> None:
-    records = tested_records()
+    records = records_with_assertions()
     problems, out = tmp_path / "problems.jsonl", tmp_path / "out"
     problems.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in records), encoding="utf-8")
     with ScriptedServer(lambda body: speak(records, body)) as server:
