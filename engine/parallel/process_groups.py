@@ -35,6 +35,8 @@ class ParallelGroups:
     """All ranks with the same parameters: over them gradients are summed and optimizer state is sharded."""
     pipeline: dist.ProcessGroup
     """Stages of one replica."""
+    hosts: dist.ProcessGroup
+    """All ranks, over gloo: for what hosts agree on without waiting for their devices."""
     is_last_stage: bool
     """This rank computes the loss."""
     progress: Progress = field(default_factory=Progress)
@@ -132,6 +134,7 @@ def model_parallel_groups(
         data=parallel_state.get_data_parallel_group(),
         replicas=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        hosts=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )
 
