@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 from reflectron.engine.config import Config, ParallelConfig
 from reflectron.engine.data.packing import microbatch_multiple, packing_sizes
-from reflectron.engine.model.families import Architecture, check_parallel, layers_per_stage
+from reflectron.engine.model.families import Architecture, check_parallel
 from reflectron.tools.planner.hardware import Cluster
 from reflectron.tools.planner.memory import FULLEST, GIB, RankMemory, rank_memory, stages_of
+from reflectron.tools.planner.predict import predict, replicas_of
 from reflectron.tools.planner.samples import PHASES, Batch, Samples, over_phases, typical_batch
-from reflectron.tools.planner.speed import Load, StepTime, pack_load, step_time
+from reflectron.tools.planner.speed import Load, StepTime, pack_load
 
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
 _CHUNKS = (1, 2, 3, 4)
@@ -81,34 +82,14 @@ class Planner:
         Raises:
             ValueError: when the engine refuses it, or it does not fill the cluster.
         """
-        arch, parallel = self.arch, config.parallel
-        check_parallel(arch, parallel)
-        layers_per_stage(arch.num_layers, parallel)
-        replicas = _replicas(parallel, self.cluster.gpus)
-        loads = self._loads(config, replicas)
-        memory = max(
-            (
-                rank_memory(
-                    arch,
-                    config,
-                    stage,
-                    replicas=replicas,
-                    microbatches=load.microbatches,
-                    sequence_length=load.sequence_length,
-                    rows=load.rows,
-                )
-                for stage in stages_of(arch, parallel)
-                for load in loads
-            ),
-            key=lambda one: one.total,
-        )
-        times = tuple(step_time(arch, config, self.cluster, load, replicas) for load in loads)
+        replicas = replicas_of(config.parallel, self.cluster.gpus)
+        phases = [predict(config, self.arch, self.cluster, load) for load in self._loads(config, replicas)]
         return Prediction(
             config=config,
             replicas=replicas,
-            loads=loads,
-            memory=memory,
-            times=times,
+            loads=tuple(one.load for one in phases),
+            memory=max((one.memory for one in phases), key=lambda one: one.total),
+            times=tuple(one.time for one in phases),
             steps=self.samples.steps(config),
             cluster=self.cluster,
         )
@@ -150,7 +131,7 @@ class Planner:
                 self.arch,
                 config,
                 stage,
-                replicas=_replicas(parallel, self.cluster.gpus),
+                replicas=replicas_of(parallel, self.cluster.gpus),
                 microbatches=1,
                 sequence_length=config.batch.tokens_per_microbatch // 2,
                 rows=0,
@@ -196,20 +177,6 @@ class Planner:
                                 data_parallel_size=None,
                                 **recompute,  # type: ignore[arg-type]
                             )
-
-
-def _replicas(parallel: ParallelConfig, gpus: int) -> int:
-    """Data-parallel size of a layout that fills all GPUs."""
-    replica = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
-    replicas, rest = divmod(gpus, replica)
-    if rest or parallel.data_parallel_size not in (None, replicas):
-        raise ValueError(
-            f"--gpus is {gpus}, expected {replica} (tensor x pipeline x context parallel ranks) times "
-            f"{parallel.data_parallel_size or 'any number'} (parallel.data_parallel_size)"
-        )
-    return replicas
 
 
 def _kind(parallel: ParallelConfig) -> tuple[object, ...]:
