@@ -99,7 +99,19 @@ def assemble(
     Raises:
         ValueError: when a sample alone exceeds the budget of a microbatch.
     """
-    weights = row_weights(views, config.loss)
+    return lay_out(views, row_weights(views, config.loss), config, cost, rate, data_parallel_rank, data_parallel_size)
+
+
+def lay_out(
+    views: Sequence[SampleViews],
+    weights: Sequence[SampleWeights],
+    config: Config,
+    cost: CostModel,
+    rate: float,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> GlobalBatch:
+    """``assemble`` for samples that have been weighed."""
     budget, multiple = packing_sizes(config)
     plan = plan_packs(
         np.array([len(v.input_ids) for v in views]),
