@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, default=8192, metavar="N", help="tokens of a microbatch (default 8192)")
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="samples of a step (default 64)")
     parser.add_argument("--max-length", type=int, default=4096, metavar="N", help="longest sample (default 4096)")
-    parser.add_argument(
-        "--mask-rates", metavar="A,B", default="schedule", help="e.g. 0.5; schedule: each phase's middle"
-    )
+    parser.add_argument("--mask-rates", metavar="A,B", default="schedule", help="0 to 1 each; schedule: three phases")
     parser.add_argument("--variants", metavar="A,B", help="only these; all by default")
     parser.add_argument("--build", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="also the engine so")
     parser.add_argument("--data", metavar="FILE", help="conversations to train on, instead of the papers' lengths")
@@ -38,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each variant (default 5)")
     parser.add_argument("--minutes", type=float, default=30.0, help="begin no more work after this time (default 30)")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="rates for the predictions beside the rows")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu"), default="auto", help="cpu: tiny shapes, to test the harness"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: a tiny shape, no results")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         plan.write(folder / "plan.json")
         words = [sys.executable, "-W", "ignore", "-m", "reflectron.tools.bench.train_ranks", str(folder / "plan.json")]
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it tells of every profile that begins and ends
         code = spawn_local(words, args.gpus, threads_per_process=1, log_dir=folder) or code
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
     print(write_report(found, args.out))
