@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +42,7 @@ from reflectron.tools.bench.train_model import EngineModel
 from reflectron.tools.bench.train_plan import BASELINE, ENGINE, VARIANTS, Build, TrainPlan, read_plan
 from reflectron.tools.bench.train_samples import samples_of_file, synthetic_samples, views_at
 from reflectron.tools.bench.train_shapes import fitting_layers, hf_config_of
-from reflectron.tools.bench.train_timing import Step, allocated_bytes, peak_bytes, time_by_group, time_rounds
+from reflectron.tools.bench.train_timing import Step, allocated_bytes, is_late, peak_bytes, time_by_group, time_rounds
 from reflectron.tools.load_config import load_config
 
 DISTRIBUTIONS = ("megatron-core", "transformers", "transformer-engine", "flash-attn", "liger-kernel", "apex")
@@ -183,6 +182,10 @@ class Shape:
 
     def _run(self, rate: float, candidates: list[Candidate]) -> None:
         """Warm-up with results and peak memory, rounds side by side, and a profile, of all that get so far."""
+        if is_late(self.plan.deadline, self.groups):
+            for candidate in candidates:
+                self._add_reason(candidate.name, "the time of the run was spent", rate)
+            return
         able = [c for c in candidates if self._attempt(c.name, partial(self._warm_up, c), rate) is not None]
         if not able:
             return
@@ -212,10 +215,10 @@ class Shape:
             reason = f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
         # Outside the handler, whose exception holds the tensors of the failed action.
         self._release()
-        self.add_reason(name, reason, rate)
+        self._add_reason(name, reason, rate)
         return None
 
-    def add_reason(self, name: str, reason: str, rate: float | None = None) -> None:
+    def _add_reason(self, name: str, reason: str, rate: float | None = None) -> None:
         """Rows that say why there is nothing: of one mask rate, or of all."""
         for one in self.plan.mask_rates if rate is None else (rate,):
             self._add(name, one, {"reason": reason})
@@ -236,11 +239,7 @@ class Shape:
 
 def main(plan_file: Path) -> None:
     """Measure what the plan says."""
-    shape = Shape(read_plan(plan_file))
-    if time.time() > shape.plan.deadline:
-        shape.add_reason(ENGINE, "the time of the run was spent")
-    else:
-        shape.measure()
+    Shape(read_plan(plan_file)).measure()
     stop_process_groups()
 
 

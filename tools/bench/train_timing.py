@@ -61,7 +61,7 @@ def time_rounds(
     gc.disable()
     try:
         for index in range(rounds):
-            if index and _is_late(deadline, groups):
+            if index and is_late(deadline, groups):
                 break
             turn = index % len(names)
             for name in names[turn:] + names[:turn]:
@@ -72,7 +72,7 @@ def time_rounds(
     return found
 
 
-def _is_late(deadline: float, groups: ParallelGroups) -> bool:
+def is_late(deadline: float, groups: ParallelGroups) -> bool:
     """Whether the main rank's clock says so; alike on all ranks."""
     late = torch.tensor(int(groups.is_main and time.time() > deadline), device="cpu")
     dist.all_reduce(late, group=groups.hosts)
