@@ -26,6 +26,8 @@ SERVER = ["fastapi>=0.110,<1", "uvicorn>=0.29,<1", "accelerate>=1,<2"]
 # Exactly: its verdicts are what published numbers are made of, and its judge is called from inside.
 # It holds protobuf below 6, with which later releases of sentencepiece cannot be imported, though they do not say so.
 EVAL = ["evalplus==0.3.1", "openai>=2,<4", "sentencepiece>=0.2,<0.2.1"]
+# Fused layers where transformer-engine is not. Below 0.9, for the engine calls its operations rather than its modules.
+FUSED = ["liger-kernel>=0.8.5,<0.9", "triton>=3.4,<3.8"]
 ROOMS = ("engine", "kernels", "tools")
 
 
@@ -71,15 +73,15 @@ setup(
     extras_require={
         # Triton as torch's CUDA builds pin it: newer ones are compiled and tuned for with the torch that brings them.
         # ruff and mypy up to what the code was written with, or their next release breaks an unchanged project.
-        "test": ["pytest>=8,<10", "ruff>=0.6,<0.18", "mypy>=1.10,<2.5", "triton>=3.4,<3.8", *DATA, *EVAL, *SERVER],
+        "test": ["pytest>=8,<10", "ruff>=0.6,<0.18", "mypy>=1.10,<2.5", *FUSED, *DATA, *EVAL, *SERVER],
+        "fused": FUSED,
         "data": DATA,
         "eval": EVAL,
         "wandb": ["wandb"],
         # The peers of `reflectron bench head` and `bench corpus`, and the reading of the SM clock.
         "bench": [
             "datasketch>=2,<3",
-            "triton>=3.4,<3.8",
-            "liger-kernel>=0.8",
+            *FUSED,
             "orda-kernel>=0.1",
             "cut-cross-entropy>=25.1",
             "nvidia-ml-py",

@@ -78,12 +78,18 @@ class ModelConfig:
     """A ``config.json`` to initialise at random instead of ``path``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameters and activations; optimizer state and gradients are float32 in either case."""
+    fp8: Literal["none", "delayed", "current"] = "none"
+    """FP8 products in the linear layers of transformer-engine, E4M3 forward and E5M2 backward: scaled by the largest
+    values of the step before (``delayed``) or of the tensor itself (``current``). Needs ``dtype`` bfloat16."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size; exports are not padded."""
 
     def __post_init__(self) -> None:
         key = "model.make_vocab_size_divisible_by"
         _require(self.make_vocab_size_divisible_by >= 1, key, self.make_vocab_size_divisible_by, "at least 1")
+        _require(
+            self.fp8 == "none" or self.dtype == "bfloat16", "model.fp8", self.fp8, "'none' with model.dtype float32"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +190,8 @@ class ParallelConfig:
     """What the backward computes again instead of keeping: ``full`` all of a layer from its input, ``selective`` what
     ``recompute_modules`` names."""
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """For ``selective``: ``core_attn`` (scores and values), ``mlp`` (most of what a layer keeps), or both."""
+    """For ``selective``: ``core_attn`` (rotated queries and keys, attended values), ``mlp`` (most of what a layer
+    keeps), or both."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -219,6 +226,30 @@ class ParallelConfig:
             ok = len(self.layers_per_stage) == stages * chunks and min(self.layers_per_stage) >= 1
             expected = f"{stages * chunks} positive numbers, one a {'stage' if chunks == 1 else 'chunk'}"
             _require(ok, "parallel.layers_per_stage", list(self.layers_per_stage), expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendsConfig:
+    """Which implementation computes what; ``auto`` takes the first of the list that works on the machine, the plain one
+    at its end always does. What a run took is printed at its start, and may change when it goes on."""
+
+    attention: Literal[
+        "auto",
+        "transformer_engine",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flash_attention_2",
+        "torch_varlen",
+        "sdpa",
+    ] = "auto"
+    """Attention of packed rows; ``sdpa`` is torch's scaled dot product, one call for each segment."""
+    layers: Literal["auto", "transformer_engine", "liger", "torch"] = "auto"
+    """Norms, rotation and SwiGLU; with transformer_engine the linear layers, too."""
+    weight_gradient: Literal["auto", "apex", "addmm", "torch"] = "auto"
+    """How a linear layer's weight gradient gets into its float32 sum over microbatches: ``torch`` makes the gradient
+    first and then adds it."""
+    adamw: Literal["auto", "transformer_engine", "apex", "torch_fused", "torch"] = "auto"
+    """AdamW's update; not used by Adafactor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,6 +442,8 @@ class Config:
     """Sizes of a step."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the work is spread over processes."""
+    backends: BackendsConfig = field(default_factory=BackendsConfig)
+    """Which implementations compute it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The update rule."""
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)

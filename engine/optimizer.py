@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 
@@ -36,6 +37,7 @@ def build_optimizer(
     arch: Architecture,
     groups: ParallelGroups,
     shard: bool,
+    adamw: str = "torch",
 ) -> MegatronOptimizer:
     """The optimizer of this rank's parameters, to be built after the weights are loaded.
 
@@ -46,6 +48,7 @@ def build_optimizer(
         arch: gives the Hugging Face tensors inside the parameters, by which Adafactor factors.
         groups: process groups.
         shard: as given to ``parallelize``.
+        adamw: which AdamW, as ``Backends`` names it.
     """
     model_config = chunks[0].config
     offload = config.cpu_offload_fraction
@@ -73,10 +76,14 @@ def build_optimizer(
         overlap_cpu_optimizer_d2h_h2d=True,
     )
     if config.name == "adamw":
+        _use_adamw(adamw)
         optimizer = megatron_optimizer.get_megatron_optimizer(megatron_config, list(wrapped))
     else:
         optimizer = _build_adafactor(config, megatron_config, chunks, arch, groups)
     for group in optimizer.param_groups:
+        if config.name == "adamw" and adamw == "torch_fused":
+            # megatron-core cannot be told to pass it on. Before the first step it is as good as an argument.
+            group["fused"] = True
         group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
     model_config.grad_scale_func = optimizer.scale_loss
     return optimizer
@@ -120,6 +127,25 @@ def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
 def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _use_adamw(name: str) -> None:
+    """Have megatron-core build this AdamW: on import it takes transformer-engine's, else Apex's, else torch's (0.16.1).
+
+    What it notes then by global names is written anew, in both modules that note it.
+    """
+    is_torch = name in ("torch", "torch_fused")
+    if name == "transformer_engine":
+        from transformer_engine.pytorch.optimizers import FusedAdam as Adam
+    elif name == "apex":
+        from apex.optimizers import FusedAdam as Adam
+    else:
+        from torch.optim import AdamW as Adam
+    megatron_optimizer.Adam = distrib_optimizer.Adam = Adam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = is_torch
+    distrib_optimizer.HAVE_APEX_OR_TE = not is_torch
+    distrib_optimizer.USING_TE_OPTIMIZER = name == "transformer_engine"
+    distrib_optimizer.USING_APEX_OPTIMIZER = name == "apex"
 
 
 def _build_adafactor(

@@ -134,9 +134,7 @@ def run_model(model: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor:
         attention_mask=None,
         labels=microbatch.loss_rows,
         packed_seq_params=PackedRows(
-            segment_lengths=microbatch.segment_lengths,
-            position_ids=microbatch.position_ids,
-            context_share=microbatch.context_share,
+            segments=microbatch.segments, position_ids=microbatch.position_ids, key_index=microbatch.key_index
         ),
     )
     return output

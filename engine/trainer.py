@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from reflectron.engine.backends import PLAIN, Backends, choose_backends
 from reflectron.engine.checkpoint.checkpointer import Checkpointer, parallel_layout
 from reflectron.engine.checkpoint.dist_source import open_weights
 from reflectron.engine.checkpoint.distributed import load
@@ -53,9 +54,12 @@ class Trainer:
         groups: this rank's process groups.
 
     Raises:
-        ValueError: when there are no training files, or ``output_dir`` holds another run or only damaged checkpoints.
+        ValueError: when there are no training files, ``output_dir`` holds another run or only damaged checkpoints, or a
+            backend cannot do what it is asked for.
     """
 
+    backends: Backends
+    """What computes the run."""
     resumed: ResumePoint | None
     """Where the run goes on; None at its beginning."""
     stopped: bool
@@ -72,15 +76,18 @@ class Trainer:
         groups.progress.enter("building the model", slow=True)
         self.arch = inputs.model.arch
         self.identity = run_identity(config, inputs)
+        self.backends = choose_backends(config, self.arch, groups.device)
         self.resumed = self._find_resume_point()
         self.stopped = False
         self.skipped = self.resumed.manifest.skipped if self.resumed is not None else SkippedSteps()
         self.findings = []
         dtype = getattr(torch, config.model.dtype)
-        self.chunks = load_model(config, inputs.model, groups, dtype, with_weights=self.resumed is None)
+        self.chunks = load_model(config, inputs.model, groups, dtype, self.backends, self.resumed is None)
         shard = shards_optimizer(config.optimizer, config.parallel.distributed_optimizer)
         self.wrapped = parallelize(self.chunks, config.parallel, shard)
-        self.optimizer = build_optimizer(config.optimizer, self.wrapped, self.chunks, self.arch, groups, shard)
+        self.optimizer = build_optimizer(
+            config.optimizer, self.wrapped, self.chunks, self.arch, groups, shard, self.backends.adamw
+        )
         self.state = TrainingState(self.chunks, self.optimizer, self.arch, groups)
         if self.resumed is not None:
             manifest = self.resumed.manifest
@@ -120,7 +127,7 @@ class Trainer:
         Args:
             report: told a line about every save.
         """
-        checkpointer = Checkpointer(self.config, self.state, self.identity, report)
+        checkpointer = Checkpointer(self.config, self.state, self.identity, self.backends.names, report)
         with stop_on_signals() as request:
             for step in self._train():
                 yield step
@@ -211,7 +218,12 @@ def _counted(before: SkippedSteps, skipped: bool) -> SkippedSteps:
 
 
 def load_model(
-    config: Config, inputs: ModelInputs, groups: ParallelGroups, dtype: torch.dtype, with_weights: bool = True
+    config: Config,
+    inputs: ModelInputs,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    backends: Backends = PLAIN,
+    with_weights: bool = True,
 ) -> list[PackedGPT]:
     """This rank's part of the model with its weights: from the checkpoint, or random; new tags averaged.
 
@@ -225,7 +237,8 @@ def load_model(
         arch.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
     )
     loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, parallel.sequence_parallel)
-    chunks = build_chunks(arch, transformer_config(arch, parallel, dtype), vocab, loss)
+    model_config = transformer_config(arch, parallel, dtype, backends, config.model.fp8)
+    chunks = build_chunks(arch, model_config, vocab, loss, backends)
     if with_weights:
         load_weights(chunks, arch, weight_source(config, inputs), groups)
     return chunks

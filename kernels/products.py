@@ -30,8 +30,13 @@ def store_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b of two factors with an fp32 total (fp64 for fp64), without a second array of its size."""
-    if a.dtype == torch.bfloat16:
+    """total += a b of two factors with an fp32 total (fp64 for fp64), without a second array of its size.
+
+    Before torch 2.10 addmm refuses bf16 factors with an fp32 total (pytorch pull request 167931); an array it is then.
+    """
+    if a.dtype == torch.bfloat16 and torch.__version__ < "2.10":
+        total.add_(product(a, b))
+    elif a.dtype == torch.bfloat16:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a, b)

@@ -47,6 +47,10 @@ PACKAGES = (
     Package("jupyter_client", "jupyter_client", "speaks to Python kernels; needed only to make data"),
     Package("ipykernel", "ipykernel", "Python kernels; needed only to make data"),
     Package("transformer-engine", "transformer_engine.pytorch", "fused layers on GPU; without it megatron-core's own"),
+    Package("flash-attn-3", "flash_attn_interface", "attention on packed sequences on Hopper; without it another"),
+    Package(
+        "flash-attn-4", "flash_attn.cute", "attention on packed sequences on Hopper, Blackwell; without it another"
+    ),
     Package("flash-attn", "flash_attn", "attention on packed sequences on GPU; without it torch's"),
     Package(
         "apex",
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     table.add_row("bubblewrap", *_sandbox())
     table.add_row("device", *_device())
     Console().print(table)
+    print("\n".join(_backends()))
     if not sound:
         print("A required package is not as it must be: pip install -e . from the clone puts it right.")
     return 0 if sound else 1
@@ -136,6 +141,19 @@ def _sandbox() -> tuple[str, str, str]:
         return "", "not usable", str(error)
     version = subprocess.run(["bwrap", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     return version, "ok", "the wall around model-written code, for `data` and `eval`"
+
+
+def _backends() -> list[str]:
+    """What ``auto`` chooses on this machine for a model of any size."""
+    try:
+        import torch
+
+        from reflectron.engine.backends import choose_backends
+    except ImportError as error:
+        return [f"backends: {error}"]
+    from reflectron.engine.config import Config
+
+    return choose_backends(Config(), None, torch.device("cuda" if torch.cuda.is_available() else "cpu")).lines()
 
 
 def _device() -> tuple[str, str, str]:

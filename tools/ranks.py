@@ -46,6 +46,7 @@ def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do
         for store in (inputs.train, inputs.validation):
             for summary in store.summaries if store is not None else ():
                 print(summary, flush=True)
+        _check_backends(config, inputs)
         if nothing_to_do is not None and (reason := nothing_to_do(config, inputs)):
             print(reason)
             return 0
@@ -83,6 +84,18 @@ def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None)
     watchdog.stop()
     stop_process_groups()
     return code
+
+
+def _check_backends(config: Config, inputs: RunInputs) -> None:
+    """Refuse what the CPU cannot do; on CUDA each rank tries kernels on its own device."""
+    from reflectron.engine.parallel.process_groups import device_type
+
+    if device_type(config.parallel) == "cpu":
+        import torch
+
+        from reflectron.engine.backends import choose_backends
+
+        choose_backends(config, inputs.model.arch, torch.device("cpu"))
 
 
 def local_processes(parallel: ParallelConfig) -> int:

@@ -49,6 +49,8 @@ def _train(config: Config, inputs: RunInputs, groups: ParallelGroups) -> int:
     log = RunLog(config, trainer.total_steps, trainer.first_step) if groups.is_main else None
     report = log.line if log else _say_nothing
     try:
+        for line in trainer.backends.lines():
+            report(line)
         if trainer.resumed is not None:
             for damage in trainer.resumed.damaged:
                 report(f"{damage}; the checkpoint before it is used")

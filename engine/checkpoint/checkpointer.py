@@ -78,13 +78,19 @@ class Checkpointer:
         config: the run.
         state: what is saved.
         identity: what determines the run.
+        backends: what computes it, noted in every checkpoint.
         report: told a line about every save, on every rank alike.
     """
 
     def __init__(
-        self, config: Config, state: TrainingState, identity: dict[str, Any], report: Callable[[str], None]
+        self,
+        config: Config,
+        state: TrainingState,
+        identity: dict[str, Any],
+        backends: dict[str, str],
+        report: Callable[[str], None],
     ) -> None:
-        self.config, self.state, self.identity, self.report = config, state, identity, report
+        self.config, self.state, self.identity, self.backends, self.report = config, state, identity, backends, report
         self.root = checkpoints_folder(config.output_dir)
         self._saving: _Save | None = None
 
@@ -190,6 +196,7 @@ class Checkpointer:
                 versions=_versions(),
                 files=dict(sorted(files.items())),
                 skipped=save.skipped,
+                backends=self.backends,
             ),
         )
         commit(self.root, save.step)

@@ -67,7 +67,8 @@ def _pieces_of(name: str, model: PackedGPT, arch: Architecture, tp: int) -> list
     if not name.startswith("decoder.layers."):
         return _outer_pieces(arch)[name]
     _, _, local_index, rest = name.split(".", 3)
-    return _in_layer(model.decoder.layers[int(local_index)].layer_number - 1, _layer_pieces(rest, arch, tp))
+    pieces = _layer_pieces(name_without_fusion(rest), arch, tp)
+    return _in_layer(model.decoder.layers[int(local_index)].layer_number - 1, pieces)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,14 @@ def checkpoint_tensors(arch: Architecture) -> Iterator[CheckpointTensor]:
     yield outer["decoder.final_layernorm.weight"]
     if not arch.tied_embeddings:
         yield outer["output_layer.weight"]
+
+
+def name_without_fusion(name: str) -> str:
+    """Name inside a layer whose norms are modules of their own, of one whose linear layers may hold them."""
+    for inside, stored in CHECKPOINT_NAMES.items():
+        if name.startswith(stored):
+            return inside + name.removeprefix(stored)
+    return name
 
 
 def _checkpoint_name(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class Manifest:
     """Every other file of the folder."""
     skipped: SkippedSteps = SkippedSteps()
     """Of the steps before it, those that changed nothing."""
+    backends: dict[str, str] = field(default_factory=dict)
+    """What computed it, by key of the section ``backends``."""
 
 
 def digest_file(path: Path) -> FileDigest:

@@ -30,6 +30,7 @@ def run_identity(config: Config, inputs: RunInputs) -> dict[str, Any]:
         "model.path": _name(config.model.path),
         "model.config": _name(config.model.config),
         "model.dtype": config.model.dtype,
+        "model.fp8": config.model.fp8,
         **{f"{name} of the model": value for name, value in dataclasses.asdict(inputs.model.arch).items()},
         "tokenizer.path (SHA-256 of the content)": inputs.model.tokenizer.fingerprint,
         "data.template": data.template,

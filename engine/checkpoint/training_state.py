@@ -39,6 +39,8 @@ CONTENT = {
     "singleton_local_shards": False,
 }
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# What only transformer-engine's norms have in a state dict, and it is empty; linear layers have one with any parts.
+_STATE_OF_NORM = "layernorm._extra_state"
 # The dimension of a tensor along which each of Adafactor's averages runs.
 _AVERAGE_DIM = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1, "exp_avg_sq": 0}
 
@@ -68,7 +70,10 @@ class TrainingState:
         if self._is_distributed:
             gather_parameters(self._part.model_chunks)
         metadata = CONTENT | {"dp_cp_group": self.groups.replicas}
-        model = {_key(index): chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.chunks)}
+        model = {
+            _key(index): _without_states_of_norms(chunk.sharded_state_dict(metadata=metadata))
+            for index, chunk in enumerate(self.chunks)
+        }
         optimizer = self._distributed_state(model, loading) if self._is_distributed else self._plain_state(model)
         state = {"model": model, "optimizer": optimizer}
         return state | {"rng": _sharded_rng_state()} if rng else state
@@ -81,7 +86,9 @@ class TrainingState:
             updates: of the weights before this state.
         """
         for index, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(loaded["model"][_key(index)])
+            missing, unexpected = chunk.load_state_dict(loaded["model"][_key(index)], strict=False)
+            assert not unexpected, unexpected
+            assert all(key.endswith(_STATE_OF_NORM) for key in missing), missing
         if self._is_distributed:
             self._restore_distributed(loaded["optimizer"])
         else:
@@ -128,10 +135,11 @@ class TrainingState:
                 for state in optimizer.state.values():
                     state["step"] = step
             elif isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-                for state in optimizer.state.values():
-                    # A fused one counts on the device.
-                    device = state["step"].device if "step" in state else "cpu"
-                    state["step"] = torch.tensor(float(step), device=device)
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        # A fused one counts on the device.
+                        device = parameter.device if group.get("fused") else "cpu"
+                        optimizer.state[parameter]["step"] = torch.tensor(float(step), device=device)
             else:
                 for group in optimizer.param_groups:
                     group["step"] = step
@@ -296,6 +304,10 @@ def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
     finally:
         for buffer, places in zip(buffers, padded, strict=True):
             buffer.param_index_map = places
+
+
+def _without_states_of_norms(state: ShardedState) -> ShardedState:
+    return {key: value for key, value in state.items() if not key.endswith(_STATE_OF_NORM)}
 
 
 def _key(chunk: int) -> str:

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from reflectron.engine.data.microbatch import ContextShare, LossRows, Microbatch, RowExchange
+from reflectron.engine.data.microbatch import LossRows, Microbatch, RowExchange, segments_of
 
 _OF_PAIRS = (
     "teacher_index",
@@ -103,16 +103,17 @@ def share_of_pack(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
     gathered_place[np.concatenate([one.places for one in split])] = np.arange(len(gathered_place))
     mine = split[rank]
     places = torch.from_numpy(mine.places)
+    query_lengths = [c.end - c.start for c in mine.chunks]
+    keys = [np.arange(c.segment_start, c.end) for c in mine.chunks]
+    # Padding attends to itself.
+    padding = mine.places[sum(query_lengths) :]
     return Microbatch(
         tokens=microbatch.tokens[places],
         position_ids=microbatch.position_ids[places],
         segment_lengths=microbatch.segment_lengths,
+        segments=segments_of(query_lengths, [len(places) for places in keys], len(places)),
         loss_rows=_share_of_rows(microbatch.loss_rows, gathered_place, rank, size),
-        context_share=ContextShare(
-            query_lengths=tuple(c.end - c.start for c in mine.chunks),
-            key_lengths=tuple(c.end - c.segment_start for c in mine.chunks),
-            key_index=torch.from_numpy(np.concatenate([gathered_place[c.segment_start : c.end] for c in mine.chunks])),
-        ),
+        key_index=torch.from_numpy(gathered_place[np.concatenate([*keys, padding])]),
     )
 
 

@@ -32,20 +32,50 @@ class RowExchange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextShare:
-    """Attention of one of the context-parallel ranks of a pack: its chunks of segments, and the keys of each.
+class Segments:
+    """Which queries of a rank's tokens attend to which keys; made once a microbatch and used by every layer.
 
-    The last of a chunk's keys is its own last token, so that the causal mask is aligned there. The lengths are those of
-    ``cu_seqlens_q`` and ``cu_seqlens_k`` of a variable-length kernel.
+    Without context parallelism the queries and keys of a segment are the same tokens. With it a rank has chunks of
+    segments, and the last of a chunk's keys is its own last token: the causal mask is aligned there.
+
+    In the cumulative lengths, which are those of kernels for packed rows, the padding counts as segments of its own, so
+    that no kernel leaves memory unwritten; of so few tokens each that they cost next to nothing.
     """
 
     query_lengths: tuple[int, ...]
-    """Tokens of each chunk, in this rank's order, on the host; their sum may be below the rank's tokens."""
+    """Tokens of each segment or chunk, in this rank's order, on the host, without padding."""
     key_lengths: tuple[int, ...]
-    """Tokens of its segment up to the end of each chunk, on the host."""
-    key_index: torch.Tensor
-    """int64 [sum of ``key_lengths``], into the tokens of all ranks one behind the other. About T (1 + 1 / 2 C) of them:
-    a chunk early in a segment needs few keys and its counterpart late in it the more."""
+    """Tokens of each segment up to the end of the chunk, likewise."""
+    cu_seqlens_q: torch.Tensor
+    """int32 [segments + 1], padding included: from 0 to this rank's tokens."""
+    cu_seqlens_k: torch.Tensor
+    """int32 [segments + 1], likewise, from 0 to the number of keys."""
+    max_seqlen_q: int
+    """Longest difference in ``cu_seqlens_q``, on the host."""
+    max_seqlen_k: int
+    """Longest difference in ``cu_seqlens_k``, on the host."""
+
+
+# The queries that kernels treat together, so that no shorter segment is cheaper.
+_PADDING_SEGMENT = 128
+
+
+def segments_of(query_lengths: Sequence[int], key_lengths: Sequence[int], tokens: int) -> Segments:
+    """Segments or chunks of a rank that holds ``tokens``; those beyond the sum of ``query_lengths`` are padding."""
+    padding = tokens - sum(query_lengths)
+    fill = [min(_PADDING_SEGMENT, padding - start) for start in range(0, padding, _PADDING_SEGMENT)]
+
+    def cumulative(lengths: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths, *fill], dtype=np.int32))
+
+    return Segments(
+        query_lengths=tuple(query_lengths),
+        key_lengths=tuple(key_lengths),
+        cu_seqlens_q=cumulative(query_lengths),
+        cu_seqlens_k=cumulative(key_lengths),
+        max_seqlen_q=max([*query_lengths, *fill]),
+        max_seqlen_k=max([*key_lengths, *fill]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +121,15 @@ class Microbatch:
     """[T] int64, positions in the original sequences"""
     segment_lengths: tuple[int, ...]
     """Tokens of each segment of the whole pack, on the host."""
+    segments: Segments
     loss_rows: LossRows
-    context_share: ContextShare | None = None
-    """With context parallelism, under which tokens, positions and loss rows are this rank's alone."""
+    key_index: torch.Tensor | None = None
+    """With context parallelism, under which tokens, positions, segments and loss rows are this rank's alone: int64, the
+    place of each key among the tokens of all ranks one behind the other. About T (1 + 1 / 2 C) of them: a chunk early
+    in a segment needs few keys and its counterpart late in it the more."""
 
 
-Record = TypeVar("Record", bound=Microbatch | LossRows | ContextShare | RowExchange)
+Record = TypeVar("Record", bound=Microbatch | LossRows | Segments | RowExchange)
 
 
 def to_device(record: Record, device: torch.device) -> Record:
@@ -114,7 +147,7 @@ def _converted(record: Record, convert: Callable[[torch.Tensor], torch.Tensor]) 
     def converted(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return convert(value)
-        return _converted(value, convert) if isinstance(value, LossRows | ContextShare | RowExchange) else value
+        return _converted(value, convert) if isinstance(value, LossRows | Segments | RowExchange) else value
 
     return replace(record, **{name: converted(value) for name, value in vars(record).items()})
 
@@ -133,11 +166,13 @@ def pack(views: Sequence[SampleViews], weights: Sequence[SampleWeights], sequenc
             student_start = _append(tokens, positions, lengths, view.input_ids[seen], seen)
             student_rows = student_start + np.searchsorted(seen, view.pair_rows)
         placed.append(_Placed(view, weight, start, student_rows))
+    # A microbatch without samples still runs: its padding becomes a segment, so that every layer has a gradient.
+    lengths = lengths or [sequence_length]
     return Microbatch(
         tokens=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(positions),
-        # A microbatch without samples still runs: its padding becomes a segment, so that every layer has a gradient.
-        segment_lengths=tuple(lengths) or (sequence_length,),
+        segment_lengths=tuple(lengths),
+        segments=segments_of(lengths, lengths, sequence_length),
         loss_rows=_loss_rows(placed),
     )
 

@@ -21,6 +21,8 @@ from reflectron.engine.config import Config, ParallelConfig
 _LEAST_GAIN = 1e-6
 # Tokens that a context-parallel rank's share of a microbatch is rounded up to: matrix products run in tiles of it.
 _TILE = 64
+# What each rank's share of the tokens, under sequence parallelism too, is a multiple of where products are FP8.
+_FP8_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def packing_sizes(config: Config) -> tuple[int, int]:
     """Most tokens of a microbatch, and what its length is a multiple of."""
     tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
     ranks = tensor * context
-    budget = -(-config.batch.tokens_per_microbatch // ranks) * ranks
+    least = 1 if config.model.fp8 == "none" else _FP8_TOKENS
+    budget = _round_up(config.batch.tokens_per_microbatch, ranks * least)
     # Matrices meet the tokens of a context-parallel rank, which sequence parallelism splits only in between. A divisor
     # of the budget, so that all of the budget can be used.
-    return budget, ranks * math.gcd(budget // ranks, math.lcm(_TILE, tensor) // tensor)
+    return budget, ranks * math.lcm(least, math.gcd(budget // ranks, math.lcm(_TILE, tensor) // tensor))
 
 
 def plan_packs(

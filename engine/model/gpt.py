@@ -1,37 +1,44 @@
 """The decoder: megatron-core's ``GPTModel`` on packed rows, ending in the distillation loss instead of logits.
 
 ``build_chunks`` returns the parts of the model that this rank holds, several when the pipeline is interleaved. Full
-logits never leave the model, because they
-never exist: the last stage hands its hidden states and the output weight to an ``OutputProcessor``.
+logits never leave the model, because they never exist: the last stage hands its hidden states and the output weight to
+an ``OutputProcessor``.
 
 T tokens of a pack, H hidden, V padded vocabulary, D width of a head.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
+from reflectron.engine.backends import Backends
 from reflectron.engine.config import ParallelConfig
-from reflectron.engine.model.attention import PackedCausalAttention, PackedRows
-from reflectron.engine.model.families import CHECKPOINT_NAMES, Architecture, check_parallel, layers_per_stage
-from reflectron.engine.model.norm import RMSNorm
-from reflectron.engine.model.rope import attention_factor, inverse_frequencies, rotary_angles
+from reflectron.engine.model.attention import PackedRows
+from reflectron.engine.model.families import Architecture, check_parallel, layers_per_stage
+from reflectron.engine.model.rope import (
+    cosines_and_sines,
+    inverse_frequencies,
+    rotary_angles,
+    rotary_tables,
+    softmax_scale,
+)
+from reflectron.engine.model.spec import block_spec
+from reflectron.engine.model.weight_gradient import use_weight_gradient
 
 # (hidden states [T, 1, H] or this rank's share of T, output weight [V / tp, H], context) -> result of the last stage
 OutputProcessor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+# (position ids [T], inverse frequencies [D / 2]) -> what every layer rotates by before its core attention
+Rotation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Where it is not the core attention that rotates.
+_ROTATIONS: dict[str, Rotation] = {"liger": cosines_and_sines, "transformer_engine": rotary_angles}
 
 
 class PackedGPT(GPTModel):
@@ -45,18 +52,29 @@ class PackedGPT(GPTModel):
     megatron-core has after 0.16.1, and goes away with it.
     """
 
-    def __init__(self, arch: Architecture, output_processor: OutputProcessor, **kwargs: Any) -> None:
+    def __init__(
+        self, arch: Architecture, output_processor: OutputProcessor, rotation: Rotation | None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.output_processor = output_processor
+        self.output_processor, self.rotation = output_processor, rotation
         # A plain attribute: Float16Module would round a buffer to bfloat16.
         self.inverse_frequencies = inverse_frequencies(arch.rope, arch.head_dim).to(torch.cuda.current_device())
-        self.decoder.register_forward_pre_hook(self._set_rotary_angles, with_kwargs=True)
+        self.decoder.register_forward_pre_hook(self._set_rotation, with_kwargs=True)
 
-    def _set_rotary_angles(self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _set_rotation(self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         rows: PackedRows = kwargs["packed_seq_params"]
-        assert rows.position_ids is not None
-        kwargs["rotary_pos_emb"] = rotary_angles(rows.position_ids, self.inverse_frequencies)
+        if self.rotation is None:
+            kwargs["packed_seq_params"] = self.with_rotation(rows)
+        else:
+            assert rows.position_ids is not None
+            kwargs["rotary_pos_emb"] = self.rotation(rows.position_ids, self.inverse_frequencies)
         return args, kwargs
+
+    def with_rotation(self, rows: PackedRows) -> PackedRows:
+        """``rows`` with the cosines and sines of its positions: made once, and used by every layer."""
+        assert rows.position_ids is not None
+        rotary = rotary_tables(rows.position_ids, self.inverse_frequencies, self.config.params_dtype)
+        return dataclasses.replace(rows, rotary=rotary)
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **_: Any) -> torch.Tensor:
         if not self.post_process:
@@ -70,40 +88,17 @@ class PackedGPT(GPTModel):
         return self.output_layer.weight
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One transformer layer out of megatron-core's plain-torch parts and our packed attention."""
-    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedCausalAttention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=CHECKPOINT_NAMES,
-        ),
-    )
-
-
 def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    backends: Backends,
+    fp8: Literal["none", "delayed", "current"] = "none",
+) -> TransformerConfig:
     """megatron-core's configuration of the same decoder.
 
     Raises:
@@ -135,6 +130,13 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        # Range matters more to gradients than precision, so they are E5M2, all else E4M3. Scaling by the tensor itself
+        # goes by the name of what has one scale: a tensor.
+        fp8=None if fp8 == "none" else "hybrid",
+        fp8_recipe="tensorwise" if fp8 == "current" else "delayed",
+        # transformer-engine's own defaults; megatron-core's look one step back only.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
@@ -153,16 +155,17 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
-        # Yarn scales cosines and sines of queries and keys; scaling their product is the same.
-        softmax_scale=attention_factor(arch.rope) ** 2 / arch.head_dim**0.5,
+        softmax_scale=softmax_scale(arch.rope, arch.head_dim),
         # Every row's weight is known before the forward, so the loss is a plain sum that nothing may rescale.
         calculate_per_token_loss=True,
+        # Whichever SwiGLU the layers' parts name, not transformer-engine's alone.
+        use_te_activation_func=backends.layers != "torch",
+        apply_rope_fusion=backends.layers == "transformer_engine",
+        gradient_accumulation_fusion=backends.weight_gradient != "torch",
         # These fusions call torch.compile or CUDA extensions.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         # 1F1B keeps outputs of earlier microbatches; freeing them early corrupts gloo's pending sends.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
@@ -170,22 +173,26 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
 
 
 def build_chunks(
-    arch: Architecture, config: TransformerConfig, padded_vocab_size: int, output_processor: OutputProcessor
+    arch: Architecture,
+    config: TransformerConfig,
+    padded_vocab_size: int,
+    output_processor: OutputProcessor,
+    backends: Backends,
 ) -> list[PackedGPT]:
     """The pipeline stage and tensor-parallel shard of this rank, on its device, weights not yet loaded.
 
     Returns:
         One chunk, or the chunks of an interleaved pipeline in the model's order.
     """
+    use_weight_gradient(backends.weight_gradient)
     chunks = config.virtual_pipeline_model_parallel_size
     return [
         PackedGPT(
             arch,
             output_processor,
+            _ROTATIONS.get(backends.layers),
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config)] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
-            ),
+            transformer_layer_spec=block_spec(config, backends, get_num_layers_to_build(config, vp_stage)),
             vocab_size=padded_vocab_size,
             max_sequence_length=arch.rope.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

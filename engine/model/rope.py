@@ -44,10 +44,36 @@ def attention_factor(rope: RopeParameters) -> float:
     return _yarn_mscale(factor, 1.0)
 
 
+def softmax_scale(rope: RopeParameters, head_dim: int) -> float:
+    """Scale of the scores. Yarn scales cosines and sines of queries and keys; scaling their product is the same."""
+    return attention_factor(rope) ** 2 / head_dim**0.5
+
+
+def rotary_tables(
+    position_ids: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines ``[T, 1, D]`` of tokens at ``position_ids`` ``[T]``, rounded to ``dtype`` at the end."""
+    angles = torch.outer(position_ids.float(), inv_freq)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[T, heads, D]`` rotated token by token, the halves of a head being its pairs, as in transformers."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
 def rotary_angles(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Angles ``[T, 1, 1, D]`` float32 of tokens at ``position_ids`` ``[T]``, in the layout megatron-core rotates by."""
+    """The same angles ``[T, 1, 1, D]`` float32, as transformer-engine's kernel takes them."""
     angles = torch.outer(position_ids.float(), inv_freq)
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def cosines_and_sines(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines ``[2, T, D / 2]`` float32 of the same angles, as Liger's kernel takes them."""
+    angles = torch.outer(position_ids.float(), inv_freq)
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def _llama3(inv_freq: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:

@@ -100,7 +100,7 @@ class Training:
     @staticmethod
     def build(config: Config, groups: ParallelGroups, with_weights: bool) -> Training:
         inputs = read_model_inputs(config)
-        chunks = load_model(config, inputs, groups, getattr(torch, config.model.dtype), with_weights)
+        chunks = load_model(config, inputs, groups, getattr(torch, config.model.dtype), with_weights=with_weights)
         if not with_weights:
             # What happens to be in memory must not matter, not even in the rows that pad the vocabulary.
             for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
@@ -127,7 +127,7 @@ def run_job(job: dict[str, Any]) -> None:
     training = Training.build(config, groups, with_weights=job["do"] == "save")
     if job["do"] == "save":
         training.steps(3)
-        checkpointer = Checkpointer(config, training.state, {"seed": 1}, result["lines"].append)
+        checkpointer = Checkpointer(config, training.state, {"seed": 1}, {}, result["lines"].append)
         result["while_saving"] = save(checkpointer, training, job.get("steps_while_saving", 0))
         result["random_numbers"] = training.random_numbers()
     else:

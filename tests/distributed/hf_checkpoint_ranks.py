@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from reflectron.engine.checkpoint.hf import export_weights, load_weights
 from reflectron.engine.checkpoint.sources import SafetensorsSource, TensorSource
 from reflectron.engine.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
+from reflectron.engine.data.microbatch import segments_of
 from reflectron.engine.model.attention import PackedRows
 from reflectron.engine.model.gpt import PackedGPT
 from reflectron.engine.parallel.process_groups import (
@@ -89,7 +90,9 @@ def packed_logits(
         return torch.cat(shards, dim=1)[:, : inputs.arch.vocab_size]
 
     model.output_processor = logits
-    rows = PackedRows(segment_lengths=tuple(batch["lengths"]), position_ids=batch["positions"])
+    lengths = batch["lengths"]
+    segments = segments_of(lengths, lengths, len(batch["positions"]))
+    rows = PackedRows(segments=segments, position_ids=batch["positions"])
     with torch.no_grad():
         return model(
             input_ids=batch["tokens"][None],

@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import varlen_kernel
 from safetensors.torch import save_file
 
+from reflectron.engine.backends import Backends
 from reflectron.engine.config import (
+    BackendsConfig,
     BatchConfig,
     Config,
     DataConfig,
@@ -42,6 +45,7 @@ redirect_cuda_to_cpu()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from reflectron.engine.backends import choose_backends  # noqa: E402
 from reflectron.engine.checkpoint.hf import gather_piece  # noqa: E402
 from reflectron.engine.checkpoint.hf_table import hf_pieces  # noqa: E402
 from reflectron.engine.data.global_batch import GlobalBatch, assemble, share_of_batch  # noqa: E402
@@ -73,6 +77,7 @@ def job_config(job: Job) -> Config:
         loss=LossConfig(backend=job["layout"].get("backend", "reference")),
         batch=BatchConfig(tokens_per_microbatch=budget),
         parallel=ParallelConfig(device="cpu", **job["layout"].get("parallel", {})),
+        backends=BackendsConfig(**job["layout"].get("backends", {})),
         # A step of the size of the gradient, so that the weights show it.
         optimizer=OptimizerConfig(learning_rate=1.0, eps=1.0, clip_grad_norm=0.0),
     )
@@ -118,10 +123,13 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
     needs no gathered parameters.
     """
     config, inputs, out = job_config(job), model_inputs(job["model"]), Path(job["out"])
+    backends = Backends(attention=job["layout"].get("attention", "sdpa"))
+    sys.modules["flash_attn"] = varlen_kernel
     batch = global_batch(job, config, inputs, groups)
+    backends = choose_backends(config, inputs.arch, groups.device)
     out.mkdir(parents=True, exist_ok=True)
 
-    chunks = load_model(config, inputs, groups, torch.float32)
+    chunks = load_model(config, inputs, groups, torch.float32, backends)
     wrapped = parallelize(
         chunks, dataclasses.replace(config.parallel, overlap_param_gather=None), shard_optimizer=False
     )
@@ -134,9 +142,9 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
         terms = reduce_terms(forward_backward(wrapped, groups, batch), batch, groups)
     save_pieces(chunks, "main_grad", inputs, groups, out / f"gradient_{groups.pipeline.rank()}.safetensors")
 
-    chunks = load_model(config, inputs, groups, torch.float32)
+    chunks = load_model(config, inputs, groups, torch.float32, backends)
     wrapped = parallelize(chunks, config.parallel, shard_optimizer=True)
-    optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, shard=True)
+    optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, True, backends.adamw)
     norms = []
     for step in range(1, job["steps"] + 1):
         norms.append(train_step(wrapped, optimizer, groups, batch, 1.0).grad_norm)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_checkpoint import EXACT, FLOAT32, Jobs, assert_follows
 from test_golden import ACCUMULATED, RUN
-from test_layouts import FULL, OVERLAP, REFERENCE, Layouts, parallel
+from test_layouts import FULL, OVERLAP, REFERENCE, VARLEN, Layouts, parallel
 
 from reflectron.engine.parallel.launch import spawn_local
 
@@ -25,6 +25,7 @@ LAYOUTS: dict[str, dict[int, dict[str, dict[str, Any]]]] = {
             # A budget that two ranks cannot share out.
             "cp2": parallel(**CP2) | {"tokens_per_microbatch": 385},
             "cp2_recompute_full": parallel(**CP2, **FULL),
+            "cp2_varlen": parallel(**CP2) | VARLEN | {"tokens_per_microbatch": 385},
         },
         4: {
             "cp4": parallel(**CP4),
@@ -43,7 +44,13 @@ LAYOUTS: dict[str, dict[int, dict[str, dict[str, Any]]]] = {
     },
     "qwen2_tied": {1: {"reference": REFERENCE}, 4: {"pp2_cp2": parallel(1, 2, **CP2)}},
     # Four queries share two keys.
-    "qwen3": {1: {"reference": REFERENCE}, 4: {"tp2_sp_cp2": parallel(2, sp=True, **CP2)}},
+    "qwen3": {
+        1: {"reference": REFERENCE},
+        4: {
+            "tp2_sp_cp2": parallel(2, sp=True, **CP2),
+            "tp2_sp_cp2_varlen": parallel(2, sp=True, recompute="selective", **CP2) | VARLEN,
+        },
+    },
     "llama_8_heads": {
         1: {"reference": REFERENCE | TWO_SAMPLES | {"backend": "reference"}},
         2: {"cp2_triton": parallel(**CP2) | TWO_SAMPLES},

@@ -49,6 +49,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 TRAIN = ["train", "run.yaml"]
 MISTAKES = {
+    "back end for CUDA": (
+        ["backends.attention=torch_varlen"],
+        ["backends.attention is 'torch_varlen', expected 'auto' or 'sdpa': needs CUDA"],
+    ),
     "no weights": (["model.path=no_weights"], ["no_weights has no model.safetensors"]),
     "missing data": (["data.train[0].path=missing.jsonl"], ["data file missing.jsonl does not exist"]),
     "missing validation data": (["data.validation[0].path=missing.jsonl"], ["data file missing.jsonl does not exist"]),

@@ -151,7 +151,7 @@ def compute_logits(model: PackedGPT, samples: dict[str, TokenizedSample]) -> dic
             input_ids=batch.tokens[None],
             position_ids=batch.position_ids[None],
             attention_mask=None,
-            packed_seq_params=PackedRows(segment_lengths=batch.segment_lengths, position_ids=batch.position_ids),
+            packed_seq_params=PackedRows(segments=batch.segments, position_ids=batch.position_ids),
         )
     model.output_processor = loss
     teacher, student = logits.split([length, len(seen)])

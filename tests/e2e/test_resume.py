@@ -187,6 +187,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config: Path, seed: int, ov
 def test_it_goes_on_after_a_signal(stopped_tp2: Run, unstopped_tp2: Run, tmp_path: Path) -> None:
     run = stopped_tp2.copy(tmp_path / "run", *TP2)
     step = run.latest()
+    manifest = run.checkpoints / f"step_{step:08d}" / "manifest.json"
+    assert json.loads(manifest.read_text(encoding="utf-8"))["backends"]["attention"] == "sdpa"
     assert f"going on after step {step} from {run.checkpoints}/step_{step:08d}\n" in run.finish()
     assert_same(run, unstopped_tp2)
 
@@ -195,7 +197,12 @@ def test_it_goes_on_after_a_signal(stopped_tp2: Run, unstopped_tp2: Run, tmp_pat
 @pytest.mark.parametrize("stopped_tp2", [signal.SIGTERM], indirect=True)
 @pytest.mark.parametrize(
     "overrides",
-    [ONE, [*ONE, "parallel.pipeline_model_parallel_size=2"], ["parallel.data_parallel_size=2"]],
+    # The attention it would take anyway, asked for by name.
+    [
+        [*ONE, "backends.attention=sdpa"],
+        [*ONE, "parallel.pipeline_model_parallel_size=2"],
+        ["parallel.data_parallel_size=2"],
+    ],
     ids=["1", "pp2", "dp2"],
 )
 def test_another_layout_goes_on(stopped_tp2: Run, unstopped_tp2: Run, tmp_path: Path, overrides: list[str]) -> None:

@@ -103,6 +103,7 @@ def test_what_a_run_leaves(tp2: Run) -> None:
     assert [line.split()[1] for line in lines if line.startswith("step ") and "validation" not in line] == [
         f"{step}/{STEPS}" for step in range(1, STEPS + 1)
     ]
+    assert [line for line in lines if line.startswith("backends: attention sdpa (")]
     assert str(tp2.folder / "export") in tp2.stdout
 
 

@@ -11,7 +11,7 @@ import torch
 from reflectron.engine.config import BatchConfig, Config, DataConfig, ParallelConfig
 from reflectron.engine.data.context_split import share_of_pack, split_tokens
 from reflectron.engine.data.global_batch import assemble, share_of_batch
-from reflectron.engine.data.microbatch import LossRows, Microbatch
+from reflectron.engine.data.microbatch import LossRows, Microbatch, segments_of
 from reflectron.engine.data.packing import CostModel, plan_packs
 from reflectron.engine.data.views import SampleViews
 
@@ -100,6 +100,7 @@ def random_pack(seed: int, size: int) -> Microbatch:
         tokens=torch.arange(sequence_length),
         position_ids=some(sequence_length),
         segment_lengths=tuple(lengths),
+        segments=segments_of(lengths, lengths, sequence_length),
         loss_rows=LossRows(**rows, generation_rows=9),
     )
 
@@ -148,11 +149,13 @@ def test_chunks_attend_as_whole_segments_do(seed: int, size: int) -> None:
     expected = torch.cat([attend(*segment) for segment in segments])
     everyones = torch.cat([share.tokens for share in shares])
     for share in shares:
-        context = share.context_share
-        assert context is not None
+        segments = share.segments
         assert torch.equal(share.position_ids, pack.position_ids[share.tokens])
-        places = share.tokens.split([*context.query_lengths, len(share.tokens) - sum(context.query_lengths)])
-        keys = everyones[context.key_index].split(context.key_lengths)
+        places = share.tokens.split([*segments.query_lengths, len(share.tokens) - sum(segments.query_lengths)])
+        assert share.key_index is not None
+        used = sum(segments.key_lengths)
+        keys = everyones[share.key_index[:used]].split(segments.key_lengths)
+        assert torch.equal(everyones[share.key_index[used:]], share.tokens[sum(segments.query_lengths) :])
         for mine, seen in zip(places, keys, strict=False):
             # Below that many tokens padding attends as well.
             if sum(lengths) >= size:

@@ -16,7 +16,7 @@ ENGINE_LEVELS = (
     {"config"},
     {"data"},
     {"parallel"},
-    {"model"},
+    {"model", "backends"},
     {"preparation"},
     {"loss", "optimizer", "adafactor", "lr_schedule", "checkpoint", "flops", "metrics", "spikes"},
     {"train_step", "sample_loss"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reflectron.engine.model.families import RopeParameters
-from reflectron.engine.model.rope import attention_factor, inverse_frequencies, rotary_angles
+from reflectron.engine.model.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
 
 HEAD_DIM = 128
 
@@ -115,14 +115,23 @@ def test_theta_beside_rope_parameters() -> None:
     assert rope.theta == 1e5
 
 
-def test_angles_follow_each_tokens_own_position() -> None:
-    inv_freq = inverse_frequencies(RopeParameters.from_hf(spelt("DeepSeek-Coder", "type"), "config.json"), 8)
-    angles = rotary_angles(torch.tensor([0, 7, 3]), inv_freq)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_token_is_rotated_by_its_own_position_as_in_transformers(dtype: torch.dtype) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-    assert angles.shape == (3, 1, 1, 8)
-    assert angles.dtype == torch.float32
-    assert torch.equal(angles[1, 0, 0], torch.cat((7 * inv_freq, 7 * inv_freq)))
-    assert torch.equal(angles[2, 0, 0], torch.cat((3 * inv_freq, 3 * inv_freq)))
+    hf_config = spelt("DeepSeek-Coder", "type")
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict({**hf_config, "hidden_size": 512, "num_attention_heads": 4}))
+    positions = torch.tensor([0, 7, 3, 4000, 4001])
+    query = torch.randn(5, 4, HEAD_DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
+    key = query[:, :2].flip(-1)
+    batched = [x.transpose(0, 1)[None] for x in (query, key)]
+    expected = apply_rotary_pos_emb(*batched, *theirs(query, positions[None]))
+
+    inv_freq = inverse_frequencies(RopeParameters.from_hf(hf_config, "config.json"), HEAD_DIM)
+    tables = rotary_tables(positions, inv_freq, dtype)
+    for x, rotated in zip((query, key), expected, strict=True):
+        assert torch.equal(rotate(x, *tables), rotated[0].transpose(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from reflectron.engine.backends import PLAIN
 from reflectron.engine.checkpoint.checkpointer import Checkpointer
 from reflectron.engine.checkpoint.distributed import load
 from reflectron.engine.checkpoint.hf import load_weights
@@ -52,9 +53,8 @@ def architecture(layers: int) -> Architecture:
 
 def training_state(arch: Architecture, config: Config, groups: ParallelGroups) -> TrainingState:
     """A random model and its optimizer after a step without a gradient."""
-    chunks = build_chunks(
-        arch, transformer_config(arch, config.parallel, DTYPE), arch.vocab_size, lambda hidden, *_: hidden
-    )
+    transformer = transformer_config(arch, config.parallel, DTYPE, PLAIN)
+    chunks = build_chunks(arch, transformer, arch.vocab_size, lambda hidden, *_: hidden, PLAIN)
     load_weights(chunks, arch, RandomSource(0, 0.02), groups)
     wrapped = parallelize(chunks, config.parallel, shard_optimizer=True)
     optimizer = build_optimizer(OptimizerConfig(), wrapped, chunks, arch, groups, shard=True)
@@ -93,7 +93,7 @@ def measure(state: TrainingState, root: Path, rounds: int) -> dict[str, list[flo
             checkpoint=CheckpointConfig(asynchronous=asynchronous),
         )
         messages: list[str] = []
-        checkpointer = Checkpointer(config, state, {}, messages.append)
+        checkpointer = Checkpointer(config, state, {}, {}, messages.append)
         for step in range(1, rounds + 1):
             start = seconds(lambda: checkpointer.save(step, SkippedSteps()))  # noqa: B023
             if asynchronous:

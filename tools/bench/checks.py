@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-Check = Literal["kernels", "step"]
+Check = Literal["kernels", "parity", "step"]
 
 
 def check_rows(name: Check, device_type: str) -> Iterable[dict[str, Any]]:
@@ -30,7 +30,14 @@ def check_rows(name: Check, device_type: str) -> Iterable[dict[str, Any]]:
     import torch
 
     from reflectron.tools.bench.check_kernels import kernel_rows
+    from reflectron.tools.bench.layer_parity import layer_parity
+    from reflectron.tools.bench.parity import attention_parity
 
+    if name == "parity":
+        for dtype in ("bfloat16", "float32"):
+            yield from attention_parity(torch.device(device_type), dtype)
+            yield from layer_parity(torch.device(device_type), dtype)
+        return
     yield from kernel_rows(torch.device(device_type))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from reflectron.engine.backends import PLAIN
+
 _CLI = "reflectron.tools.cli"
 # A step of bench train that fits a GPU's time: fewer samples and rounds than its defaults.
 _QUICK = ["--samples", "32", "--rounds", "3"]
@@ -58,21 +60,27 @@ def _head(out: Path, device: str, minutes: float) -> list[str]:
     return words if device == "cuda" else [*words, "--providers", "cublas,reference,eager"]
 
 
+_7B = ("--shapes", "codellama-7b")
+_BUILDS = ("--build", "fp8:model.fp8=current")
+_BUILDS += ("--build", "torch:" + ",".join(f"backends.{part}={plain}" for part, plain in PLAIN.names.items()))
 _RECOMPUTE = ("--build", "mlp:parallel.recompute=selective,parallel.recompute_modules=[mlp]")
 _RECOMPUTE += ("--build", "full:parallel.recompute=full")
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("kernels", "the head's kernels against float64", True, 1.0, _check("kernels")),
-        Stage("step", "training steps against the CPU's", True, 1.2, _check("step")),
+        Stage("kernels", "the head's kernels against float64", True, 0.8, _check("kernels")),
+        Stage("parity", "back ends of attention, layers and AdamW against float64", True, 0.7, _check("parity")),
+        Stage("step", "training steps against the CPU's", True, 1.0, _check("step")),
         Stage("calibrate", "the rates that the planner divides by", False, 0.4, _calibrate),
-        Stage("train", "training steps of a 7B slice", False, 2.9, _train("train", "--shapes", "codellama-7b")),
+        Stage(
+            "train", "training steps of a 7B slice", False, 2.7, _train("train", "--shapes", "codellama-7b", *_BUILDS)
+        ),
         Stage(
             "train_34b",
             "training steps of a 34B slice",
             False,
-            1.8,
+            1.7,
             _train("train_34b", "--shapes", "codellama-34b", "--variants", "hf_reference,engine"),
         ),
         Stage(
@@ -82,7 +90,7 @@ STAGES = {
             0.7,
             _train(
                 "memory",
-                *("--shapes", "codellama-7b", "--layers", "4", "--variants", "engine"),
+                *(*_7B, "--layers", "4", "--variants", "engine"),
                 *("--mask-rates", "0.5", *_RECOMPUTE),
             ),
         ),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -62,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         plan.write(folder / "plan.json")
         words = [sys.executable, "-W", "ignore", "-m", "reflectron.tools.bench.train_ranks", str(folder / "plan.json")]
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it tells of every profile that begins and ends
         code = spawn_local(words, args.gpus, threads_per_process=1, log_dir=folder) or code
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
     print(write_report(found, args.out))

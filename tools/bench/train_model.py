@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from reflectron.engine.backends import choose_backends
 from reflectron.engine.checkpoint.hf import load_weights
 from reflectron.engine.checkpoint.sources import TensorSource
 from reflectron.engine.config import Config, LossConfig
@@ -30,6 +31,9 @@ class EngineModel:
         arch: the model.
         source: its weights.
         groups: process groups of the layout.
+
+    Raises:
+        ValueError: when a backend cannot do what it is asked for.
     """
 
     def __init__(self, config: Config, arch: Architecture, source: TensorSource, groups: ParallelGroups) -> None:
@@ -39,17 +43,15 @@ class EngineModel:
         )
         self.config, self.groups = config, groups
         self.loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, parallel.sequence_parallel)
-        transformer = transformer_config(arch, parallel, getattr(torch, config.model.dtype))
-        self.chunks = build_chunks(arch, transformer, vocab, self.loss)
+        chosen = choose_backends(config, arch, groups.device)
+        dtype = getattr(torch, config.model.dtype)
+        transformer = transformer_config(arch, parallel, dtype, chosen, config.model.fp8)
+        self.chunks = build_chunks(arch, transformer, vocab, self.loss, chosen)
         load_weights(self.chunks, arch, source, groups)
         shard = shards_optimizer(config.optimizer, parallel.distributed_optimizer)
         self.wrapped = parallelize(self.chunks, parallel, shard)
-        self.optimizer = build_optimizer(config.optimizer, self.wrapped, self.chunks, arch, groups, shard)
-
-    @property
-    def backends(self) -> dict[str, str]:
-        """What computes the parts that there is a choice for."""
-        return {}
+        self.optimizer = build_optimizer(config.optimizer, self.wrapped, self.chunks, arch, groups, shard, chosen.adamw)
+        self.backends = chosen.names | ({} if config.model.fp8 == "none" else {"fp8": config.model.fp8})
 
     def head(self, fused: bool) -> str:
         """Backend of the distillation head that ``fused`` stands for; a configured one always wins."""

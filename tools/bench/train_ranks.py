@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from reflectron.engine.checkpoint.sources import RandomSource
-from reflectron.engine.config import Config
 from reflectron.engine.flops import decoder_shape, training_cost
 from reflectron.engine.model.families import parse_architecture
 from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
@@ -115,13 +114,16 @@ class Shape:
         for build in self.plan.builds:
             self._release()
             name = f"{ENGINE}[{build.name}]"
-            config = load_config(self.plan.config, [*self.plan.overrides, *build.overrides])
-            engine = self._attempt(name, partial(EngineModel, config, self.arch, self.source, self.groups))
+            engine = self._attempt(name, partial(self._build_again, build))
             if engine is None:
                 continue
             for rate in self.plan.mask_rates:
-                self._run(rate, [self._engine_candidate(engine, config, ENGINE, rate, 0, build)])
+                self._run(rate, [self._engine_candidate(engine, ENGINE, rate, 0, build)])
             del engine
+
+    def _build_again(self, build: Build) -> EngineModel:
+        config = load_config(self.plan.config, [*self.plan.overrides, *build.overrides])
+        return EngineModel(config, self.arch, self.source, self.groups)
 
     def _measure_main(self) -> None:
         plan, start = self.plan, allocated_bytes(self.groups)
@@ -129,14 +131,14 @@ class Shape:
         names = [name for name in plan.variants if name in VARIANTS]
         first = plan.mask_rates[0]
         # A first step makes the optimizer's state, which stays.
-        self._attempt(ENGINE, self._engine_candidate(engine, self.config, ENGINE, first, 0).step)
+        self._attempt(ENGINE, self._engine_candidate(engine, ENGINE, first, 0).step)
         engine_bytes, baseline, baseline_bytes = allocated_bytes(self.groups) - start, None, 0
         if BASELINE in plan.variants and (baseline := self._attempt(BASELINE, self._baseline)) is not None:
             if self._attempt(BASELINE, self._baseline_candidate(baseline, first, 0).step) is None:
                 baseline = None
             baseline_bytes = allocated_bytes(self.groups) - start - engine_bytes
         for rate in plan.mask_rates:
-            candidates = [self._engine_candidate(engine, self.config, n, rate, baseline_bytes) for n in names]
+            candidates = [self._engine_candidate(engine, n, rate, baseline_bytes) for n in names]
             if baseline is not None:
                 candidates.insert(0, self._baseline_candidate(baseline, rate, engine_bytes))
             self._run(rate, candidates)
@@ -158,16 +160,10 @@ class Shape:
         return Candidate(BASELINE, step, facts, others_bytes)
 
     def _engine_candidate(
-        self,
-        engine: EngineModel,
-        config: Config,
-        name: str,
-        rate: float,
-        others_bytes: int,
-        build: Build | None = None,
+        self, engine: EngineModel, name: str, rate: float, others_bytes: int, build: Build | None = None
     ) -> Candidate:
         variant, views = VARIANTS[name], self.views[rate]
-        batch, work = make_batch(views, variant.layout, rate, config, self.cost, self.groups)
+        batch, work = make_batch(views, variant.layout, rate, engine.config, self.cost, self.groups)
         facts = work_facts(work) | {
             "note": variant.note,
             "build": list(build.overrides) if build else [],
@@ -176,7 +172,7 @@ class Shape:
         if variant.layout == "packed":
             calibration = Path(self.plan.calibration) if self.plan.calibration else None
             place = (self.common["device"], dist.get_world_size(), calibration)
-            facts |= predicted_facts(config, self.arch, views, *place)
+            facts |= predicted_facts(engine.config, self.arch, views, *place)
         shown = f"{name}[{build.name}]" if build else name
         return Candidate(shown, engine.step(batch, variant.fused_head), facts, others_bytes)
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import torch
 
+from reflectron.engine.backends import PLAIN
 from reflectron.engine.checkpoint.hf_table import EMBEDDING, hf_pieces
 from reflectron.engine.checkpoint.sources import TensorSource
 from reflectron.engine.config import ParallelConfig
+from reflectron.engine.data.microbatch import segments_of, to_device
 from reflectron.engine.model.attention import PackedRows
 from reflectron.engine.model.families import Architecture
 from reflectron.engine.model.gpt import PackedGPT, build_chunks, transformer_config
-from reflectron.engine.model.rope import rotary_angles
 
 
 @torch.no_grad()
@@ -35,16 +36,17 @@ def last_hidden_states(
     """
     # One layer, and none of the vocabulary: the model is only the place where each layer runs.
     one_layer = replace(arch, num_layers=1)
-    config = transformer_config(one_layer, ParallelConfig(), torch.float32)
-    (model,) = build_chunks(one_layer, config, padded_vocab_size=1, output_processor=lambda hidden, *_: hidden)
+    config = transformer_config(one_layer, ParallelConfig(), torch.float32, PLAIN)
+    (model,) = build_chunks(one_layer, config, 1, lambda hidden, *_: hidden, PLAIN)
     positions = torch.arange(len(token_ids), device=device)
-    rows = PackedRows(segment_lengths=(len(token_ids),), position_ids=positions)
-    angles = rotary_angles(positions, model.inverse_frequencies)
+    length = [len(token_ids)]
+    segments = to_device(segments_of(length, length, len(token_ids)), device)
+    rows = model.with_rotation(PackedRows(segments=segments, position_ids=positions))
     embedding = weights.read(EMBEDDING, (arch.vocab_size, arch.hidden_size), None, 0, 0)
     hidden = embedding[token_ids].float().to(device)[:, None]
     for layer in range(arch.num_layers):
         _load(model, one_layer, weights, layer)
-        hidden, _ = model.decoder.layers[0](hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=rows)
+        hidden, _ = model.decoder.layers[0](hidden, attention_mask=None, packed_seq_params=rows)
     return model.decoder.final_layernorm(hidden)[:, 0]
 
 

@@ -136,7 +136,7 @@ class LayerActivations:
     attention: float
     """Queries, keys, values and what attention makes of them."""
     core_attention: float
-    """Part of ``attention`` that is made again where the core attention is."""
+    """What making the core attention again saves of ``attention``."""
     mlp: float
     """Inside the MLP."""
     input: float
@@ -173,16 +173,18 @@ def layer_activations(arch: Architecture, config: Config, sequence_length: int) 
     else:
         # Rotated queries, and of the whole pack the keys and values that the two chunks of each segment meet.
         inputs = tokens * q + sequence_length * (1 + 0.5 / parallel.context_parallel_size) * 2 * k
-    # Attention's output by segment with the sums of its exponentials, and once more as the next linear layer's input;
-    # cosines and sines for q and k.
+    # Attention's output by segment with the sums of its exponentials, and once more as the next linear layer's input.
     segments = tokens * (q * element + 4 * arch.num_attention_heads) / tensor
-    attention = segments + (inputs + tokens * q) * element / tensor + tokens * 4 * arch.head_dim * element
+    attention = segments + (inputs + tokens * q) * element / tensor
+    # The projection's output is what rotation and attention are made again from.
+    core_attention = segments + (inputs - tokens * (q + 2 * k)) * element / tensor
     if arch.qk_norm:
         attention += tokens * (q + k) * (4 + element) / tensor
+        core_attention -= tokens * (q + k) * element / tensor
     return LayerActivations(
         outside=2 * between * norm,
         attention=attention,
-        core_attention=segments,
+        core_attention=core_attention,
         # Gate and input in one tensor, the activated gate, the input plus an offset of 0, and their product.
         mlp=tokens * 5 * ffn * element / tensor,
         input=between * hidden * element,
