@@ -61,10 +61,10 @@ def _head(out: Path, device: str, minutes: float) -> list[str]:
 
 
 _7B = ("--shapes", "codellama-7b")
-_BUILDS = ("--build", "fp8:model.fp8=current")
-_BUILDS += ("--build", "torch:" + ",".join(f"backends.{part}={plain}" for part, plain in PLAIN.names.items()))
-_RECOMPUTE = ("--build", "mlp:parallel.recompute=selective,parallel.recompute_modules=[mlp]")
-_RECOMPUTE += ("--build", "full:parallel.recompute=full")
+_TORCH = ",".join(f"backends.{part}={plain}" for part, plain in PLAIN.names.items())
+_BUILDS = ("--build", "fp8:model.fp8=current", "--build", f"torch:{_TORCH}")
+_MLP = "parallel.recompute=selective,parallel.recompute_modules=[mlp]"
+_RECOMPUTE = ("--build", f"mlp:{_MLP}", "--build", "full:parallel.recompute=full")
 
 STAGES = {
     stage.name: stage

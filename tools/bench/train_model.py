@@ -20,6 +20,7 @@ from reflectron.engine.model.parallelize import parallelize
 from reflectron.engine.optimizer import build_optimizer, shards_optimizer
 from reflectron.engine.parallel.process_groups import ParallelGroups
 from reflectron.engine.train_step import train_step
+from reflectron.kernels.distill_head import Backend
 from reflectron.tools.bench.train_timing import Step
 
 
@@ -53,7 +54,7 @@ class EngineModel:
         self.optimizer = build_optimizer(config.optimizer, self.wrapped, self.chunks, arch, groups, shard, chosen.adamw)
         self.backends = chosen.names | ({} if config.model.fp8 == "none" else {"fp8": config.model.fp8})
 
-    def head(self, fused: bool) -> str:
+    def head(self, fused: bool) -> Backend:
         """Backend of the distillation head that ``fused`` stands for; a configured one always wins."""
         if self.config.loss.backend != "auto":
             return self.config.loss.backend

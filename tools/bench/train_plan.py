@@ -74,8 +74,8 @@ def read_plan(path: Path) -> TrainPlan:
     """What ``TrainPlan.write`` wrote."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     builds = tuple(Build(name=b["name"], overrides=tuple(b["overrides"])) for b in content.pop("builds"))
-    lists = {key: tuple(content.pop(key)) for key in ("overrides", "mask_rates", "variants")}
-    return TrainPlan(**content, **lists, builds=builds)
+    content |= {key: tuple(content[key]) for key in ("overrides", "mask_rates", "variants")}
+    return TrainPlan(**content, builds=builds)
 
 
 def parse_build(text: str) -> Build:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from reflectron.engine.checkpoint.sources import RandomSource
+from reflectron.engine.data.tokenization import TokenizedSample
 from reflectron.engine.flops import decoder_shape, training_cost
 from reflectron.engine.model.families import parse_architecture
 from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
@@ -66,7 +67,8 @@ class Shape:
         self.plan = plan
         self.config = load_config(plan.config, list(plan.overrides))
         self.groups = start_process_groups(self.config.parallel, self.config.seed)
-        vocabulary, samples = None, []
+        vocabulary: int | None = None
+        samples: list[TokenizedSample] = []
         if plan.data is not None:
             assert plan.tokenizer is not None, "the command asks for it"
             samples, vocabulary = samples_of_file(Path(plan.data), plan.tokenizer, plan.samples, self.config)

@@ -11,6 +11,7 @@ from reflectron.engine.model.families import Architecture, parse_architecture, r
 from reflectron.tools.planner.hardware import GPUS, Gpu
 from reflectron.tools.planner.memory import (
     FULLEST,
+    Stage,
     element_bytes,
     layer_parameters,
     rank_memory,
@@ -88,6 +89,11 @@ def fitting_layers(
 def predicted_bytes(arch: Architecture, config: Config, replicas: int, baseline: bool) -> float:
     """Peak of the fullest rank with full microbatches, the planner's count, plus what the baseline keeps."""
     budget = config.batch.tokens_per_microbatch
-    sizes = {"replicas": replicas, "microbatches": _MANY, "sequence_length": budget, "rows": budget}
-    engine = max(rank_memory(arch, config, stage, **sizes).total for stage in stages_of(arch, config.parallel))
+
+    def total(stage: Stage) -> float:
+        return rank_memory(
+            arch, config, stage, replicas=replicas, microbatches=_MANY, sequence_length=budget, rows=budget
+        ).total
+
+    engine = max(map(total, stages_of(arch, config.parallel)))
     return engine + (baseline_static_bytes(arch, config) if baseline else 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -112,28 +112,28 @@ def time_by_group(step: Step, groups: ParallelGroups) -> dict[str, float]:
     return {group: spent[group] for group in GROUPS if group != "idle"} | {"idle": max(seconds * 1e3 - total, 0.0)}
 
 
-def grouped_operations(events: Any) -> Counter[str]:
+def grouped_operations(events: Any) -> dict[str, float]:
     """Milliseconds of the CPU's operations, each without those inside it."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CPU:
+        if event.device_type.name == "CPU":
             spent[_group(event.name, event)] += event.self_cpu_time_total / 1e3
     return spent
 
 
-def grouped_kernels(events: Any) -> Counter[str]:
+def grouped_kernels(events: Any) -> dict[str, float]:
     """Milliseconds of kernels and copies. One that no operation is known to have launched goes by its name alone."""
-    spent: Counter[str] = Counter()
-    attributed: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
+    attributed: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CPU:
+        if event.device_type.name == "CPU":
             for kernel in event.kernels:
                 spent[_group(kernel.name, event)] += kernel.duration / 1e3
                 attributed[kernel.name] += kernel.duration / 1e3
-    rest: Counter[str] = Counter()
+    rest: dict[str, float] = defaultdict(float)
     for event in events:
         # Ranges that a user names appear on the device's track, too, and hold kernels that are counted themselves.
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False):
             rest[event.name] += event.device_time_total / 1e3
     for name, milliseconds in rest.items():
         spent[_group(name, None)] += max(milliseconds - attributed[name], 0.0)
