@@ -17,7 +17,7 @@ STAGES = "kernels,parity,step,calibrate,memory"
 def test_stages_leave_rows_and_a_page(tmp_path: Path) -> None:
     out = tmp_path / "cpu"
     words = ["bench", "gpu", "--device", "cpu", "--stages", STAGES, "--minutes", "90", "--out", str(out)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "reflectron.tools.cli", *words]
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     stages = [json.loads(line) for line in (out / "stages.jsonl").read_text().splitlines()]
