@@ -138,6 +138,7 @@ def test_layers_fit_beside_the_baseline() -> None:
         ("NVIDIA H100 80GB HBM3", "H100-80GB"),
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
         ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
         ("CPU AMD EPYC", None),
     ],
 )

@@ -68,6 +68,4 @@ class EngineModel:
     def _step(self, batch: GlobalBatch, loss: LossConfig) -> tuple[float, float]:
         self.loss.config = loss
         result = train_step(self.wrapped, self.optimizer, self.groups, batch, learning_rate=0.0)
-        if result.skipped:
-            raise FloatingPointError(f"the step was not finite: loss {result.terms.loss}, norm {result.grad_norm}")
         return result.terms.loss, result.grad_norm

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,6 +198,8 @@ class Shape:
     def _warm_up(self, candidate: Candidate) -> bool:
         candidate.step()
         peak, (loss, norm) = peak_bytes(candidate.step, self.groups)
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
         alone = None if peak is None else peak - candidate.others_bytes
         candidate.facts |= {"loss": loss, "grad_norm": norm, "peak_memory_gib": gib(alone)}
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def gpu_of(device_name: str) -> Gpu | None:
     """The planner's entry for a device as torch names it; None for one whose rates it does not know."""
     if "PCIe" in device_name or "NVL" in device_name:
         return None  # slower than the SXM modules that the entries are of
-    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in device_name.replace(" ", "-")), None)
+    words = re.findall(r"\w+", device_name)
+    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in words), None)
 
 
 def baseline_static_bytes(arch: Architecture, config: Config) -> int:
