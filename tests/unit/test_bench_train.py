@@ -24,7 +24,8 @@ from reflectron.tools.bench.train_report import write_report
 from reflectron.tools.bench.train_samples import synthetic_samples, views_at
 from reflectron.tools.bench.train_shapes import SHAPES, fitting_layers, gpu_of, hf_config_of
 from reflectron.tools.bench.train_timing import _group, grouped_operations
-from reflectron.tools.planner.hardware import GPUS
+from reflectron.tools.planner.hardware import GPUS, make_cluster
+from reflectron.tools.planner.predict import batch_of_views
 
 CONFIG = Config(data=DataConfig(max_length=256), batch=BatchConfig(tokens_per_microbatch=512))
 ARCH = parse_architecture(hf_config_of("tiny"))
@@ -121,14 +122,15 @@ def test_shapes_are_those_of_the_recipes_with_the_tags() -> None:
 
 def test_layers_fit_beside_the_baseline() -> None:
     config = Config()
-    memory = GPUS["H200-141GB"].memory_bytes
-    fits = {
-        beside: fitting_layers(hf_config_of("codellama-34b"), config, 1, memory, baseline=beside)
-        for beside in (True, False)
-    }
-    assert 1 <= fits[True] < fits[False] < 48
+    cluster, memory = make_cluster("H200-141GB", 1, 1), GPUS["H200-141GB"].memory_bytes
+    batch = batch_of_views(views_at(synthetic_samples(32, config, 1000), 0.165, config))
+
+    def layers(device_bytes: float, beside: bool) -> int:
+        return fitting_layers(hf_config_of("codellama-34b"), config, cluster, batch, device_bytes, beside)
+
+    assert 1 <= layers(memory, True) < layers(memory, False) < 48
     with pytest.raises(ValueError, match="do not fit"):
-        fitting_layers(hf_config_of("codellama-34b"), config, 1, 2**30, baseline=False)
+        layers(2**30, False)
 
 
 @pytest.mark.parametrize(

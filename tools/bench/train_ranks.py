@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,11 @@ from reflectron.tools.bench.train_facts import (
 from reflectron.tools.bench.train_model import EngineModel
 from reflectron.tools.bench.train_plan import BASELINE, ENGINE, VARIANTS, Build, TrainPlan, read_plan
 from reflectron.tools.bench.train_samples import samples_of_file, synthetic_samples, views_at
-from reflectron.tools.bench.train_shapes import fitting_layers, hf_config_of
+from reflectron.tools.bench.train_shapes import fitting_layers, gpu_of, hf_config_of
 from reflectron.tools.bench.train_timing import Step, allocated_bytes, is_late, peak_bytes, time_by_group, time_rounds
 from reflectron.tools.load_config import load_config
+from reflectron.tools.planner.hardware import make_cluster
+from reflectron.tools.planner.predict import batch_of_views
 
 DISTRIBUTIONS = ("megatron-core", "transformers", "transformer-engine", "flash-attn", "liger-kernel", "apex")
 BASELINE_NOTE = "transformers, one sample a forward, both views at full length, full logits, gradient checkpointing"
@@ -76,19 +78,24 @@ class Shape:
         self.hf_config = hf_config_of(plan.shape, vocabulary)
         if plan.data is None:
             samples = synthetic_samples(plan.samples, self.config, self.hf_config["vocab_size"])
+        self.views = {rate: views_at(samples, rate, self.config) for rate in plan.mask_rates}
         self.hf_config["num_hidden_layers"] = plan.layers or self._fitting_layers()
         self.arch = parse_architecture(self.hf_config, plan.shape)
         self.source = RandomSource(self.config.seed, self.arch.initializer_range, self.groups.device)
         self.cost = training_cost(decoder_shape(self.arch, self.config), "none")
-        self.views = {rate: views_at(samples, rate, self.config) for rate in plan.mask_rates}
         self.common = self._common()
 
     def _fitting_layers(self) -> int:
         if self.groups.device.type != "cuda":
             return int(self.hf_config["num_hidden_layers"])
-        memory = torch.cuda.get_device_properties(self.groups.device).total_memory
-        beside = BASELINE in self.plan.variants
-        return fitting_layers(self.hf_config, self.config, self.groups.data.size(), memory, beside)
+        device = torch.cuda.get_device_properties(self.groups.device)
+        gpu, world = gpu_of(device.name), dist.get_world_size()
+        if gpu is None:
+            raise ValueError(f"--layers is auto, expected a number: the planner does not know {device.name}")
+        # At the lowest rate students see the most.
+        batch = batch_of_views(self.views[min(self.plan.mask_rates)])
+        cluster, beside = make_cluster(gpu.name, world, world), BASELINE in self.plan.variants
+        return fitting_layers(self.hf_config, self.config, cluster, batch, device.total_memory, beside)
 
     def _common(self) -> Row:
         """What the rows of this shape share."""
@@ -175,7 +182,8 @@ class Shape:
         if variant.layout == "packed":
             calibration = Path(self.plan.calibration) if self.plan.calibration else None
             place = (self.common["device"], dist.get_world_size(), calibration)
-            facts |= predicted_facts(engine.config, self.arch, views, *place)
+            config = replace(engine.config, loss=replace(engine.config.loss, backend=engine.head(variant.fused_head)))
+            facts |= predicted_facts(config, self.arch, views, *place)
         shown = f"{name}[{build.name}]" if build else name
         return Candidate(shown, engine.step(batch, variant.fused_head), facts, others_bytes)
 

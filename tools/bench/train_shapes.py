@@ -9,24 +9,16 @@ from typing import Any
 
 from reflectron.engine.config import Config
 from reflectron.engine.model.families import Architecture, parse_architecture, read_hf_config
-from reflectron.tools.planner.hardware import GPUS, Gpu
-from reflectron.tools.planner.memory import (
-    FULLEST,
-    Stage,
-    element_bytes,
-    layer_parameters,
-    rank_memory,
-    stages_of,
-    vocabulary_parameters,
-)
+from reflectron.tools.planner.hardware import GPUS, Cluster, Gpu
+from reflectron.tools.planner.memory import FULLEST, element_bytes, layer_parameters, vocabulary_parameters
+from reflectron.tools.planner.predict import predict
+from reflectron.tools.planner.samples import Batch
 
 SHAPES = ("codellama-7b", "codellama-34b", "deepseek-coder-33b")
 """Read from the models that the recipes are made from."""
 MODELS = Path(__file__).parents[2] / "examples" / "recipes" / "models"
 # Tags that the template ``reflection`` adds to the vocabulary.
 _TAGS = 7
-# Microbatches, enough to fill every pipeline.
-_MANY = 1024
 TINY = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -73,29 +65,19 @@ def baseline_static_bytes(arch: Architecture, config: Config) -> int:
 
 
 def fitting_layers(
-    hf_config: dict[str, Any], config: Config, replicas: int, device_bytes: float, baseline: bool
+    hf_config: dict[str, Any], config: Config, cluster: Cluster, batch: Batch, device_bytes: float, baseline: bool
 ) -> int:
-    """The most layers with which the engine, and the baseline beside it, are predicted to fit the device.
+    """The most layers with which the planner sees the engine, and the baseline beside it, fit a device.
 
     Raises:
         ValueError: when not even one layer a stage does.
     """
     stages = config.parallel.pipeline_model_parallel_size * config.parallel.virtual_pipeline_model_parallel_size
-    arch = parse_architecture(hf_config)
-    for layers in range(arch.num_layers // stages * stages, 0, -stages):
-        if predicted_bytes(replace(arch, num_layers=layers), config, replicas, baseline) <= FULLEST * device_bytes:
+    whole = parse_architecture(hf_config)
+    for layers in range(whole.num_layers // stages * stages, 0, -stages):
+        arch = replace(whole, num_layers=layers)
+        needed = predict(config, arch, cluster, batch).memory.total
+        needed += baseline_static_bytes(arch, config) if baseline else 0
+        if needed <= FULLEST * device_bytes:
             return layers
-    raise ValueError(f"--layers is auto, but {stages} layers of width {arch.hidden_size} do not fit; raise --gpus")
-
-
-def predicted_bytes(arch: Architecture, config: Config, replicas: int, baseline: bool) -> float:
-    """Peak of the fullest rank with full microbatches, the planner's count, plus what the baseline keeps."""
-    budget = config.batch.tokens_per_microbatch
-
-    def total(stage: Stage) -> float:
-        return rank_memory(
-            arch, config, stage, replicas=replicas, microbatches=_MANY, sequence_length=budget, rows=budget
-        ).total
-
-    engine = max(map(total, stages_of(arch, config.parallel)))
-    return engine + (baseline_static_bytes(arch, config) if baseline else 0)
+    raise ValueError(f"--layers is auto, but {stages} layers of width {whole.hidden_size} do not fit; raise --gpus")
