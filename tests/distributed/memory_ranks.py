@@ -24,6 +24,7 @@ from reflectron.engine.parallel.process_groups import ParallelGroups, model_para
 from reflectron.engine.train_step import train_step
 from reflectron.engine.trainer import load_model
 from reflectron.tools.planner import memory
+from reflectron.tools.planner.backends import STACKS
 
 
 class SavedBytes:
@@ -95,12 +96,13 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
     stage = memory.stages_of(inputs.arch, config.parallel)[groups.pipeline.rank()]
     rows = max(len(m.loss_rows.index) + 2 * len(m.loss_rows.teacher_index) for m in batch.microbatches)
     sizes = {"sequence_length": batch.sequence_length, "rows": rows * config.parallel.context_parallel_size}
+    backends = STACKS["plain"]
     planned = memory.rank_memory(
-        inputs.arch, config, stage, replicas=groups.data.size(), microbatches=len(batch.microbatches), **sizes
+        inputs.arch, config, backends, stage, replicas=groups.data.size(), microbatches=len(batch.microbatches), **sizes
     )
-    layer = memory.layer_activations(inputs.arch, config, batch.sequence_length)
+    layer = memory.layer_activations(inputs.arch, config, backends, batch.sequence_length)
     again = layer.everything - layer.kept(config.parallel)
-    head = memory.head_kept_bytes(inputs.arch, config, **sizes) if stage.is_last else 0
+    head = memory.head_kept_bytes(inputs.arch, config, backends, **sizes) if stage.is_last else 0
     result = {
         "measured": measured,
         "planned": {

@@ -91,3 +91,14 @@ def test_reference_pads_samples_of_similar_length_and_runs_reflection_twice() ->
 def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "stats", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_hours_of_a_model_on_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(FOLDER.parent / "recipes" / "models" / "codellama-7b.json")
+    words = ("--tokenizer", TOKENIZER, "--data", REFLECTION, "--steps", "1", "--plan", model, "--gpus", "8")
+    hours = [
+        stats(tmp_path, "batch.global_batch_size=16", f"train.epochs={epochs}", *words)["planned_gpu_hours"]
+        for epochs in (1, 4)
+    ]
+    assert hours[1] == pytest.approx(4 * hours[0], rel=0.1)
+    assert "GPU hours in the fastest layout" in capsys.readouterr().out

@@ -11,17 +11,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from reflectron.engine.config import BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
+from reflectron.engine.config import BackendsConfig, BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from reflectron.engine.model.families import Architecture, parse_architecture, read_hf_config
 from reflectron.tools import cli, plan
 from reflectron.tools.load_config import load_config
 from reflectron.tools.planner import memory
+from reflectron.tools.planner.backends import STACKS
+from reflectron.tools.planner.calibration import HOST, TABLES
 from reflectron.tools.planner.hardware import GPUS, make_cluster
+from reflectron.tools.planner.predict import predict
 from reflectron.tools.planner.recipe import predicted_line, recipe_command, write_recipe
 from reflectron.tools.planner.samples import PHASES, Samples, assumed_samples, over_phases, typical_batch
 from reflectron.tools.planner.search import Planner
+from reflectron.tools.planner.speed import Load, StepTime
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -100,21 +105,89 @@ def test_rings_that_leave_a_machine_share_its_adapters() -> None:
     assert cluster.bus(16, 1) == min(inside, 8 * adapter)
 
 
+def calibration_file(path: Path, **changed: object) -> Path:
+    """Of a machine whose products run at 1e12 and passes at 1e10 a second, tenfold at a hundred times the size."""
+    axes = {"product": [[10, 1000], [10], [10]], "attention": [[100], [64]], "pass": [[1e4, 1e6]], "all": [[1e3, 1e5]]}
+    tables = {}
+    for name in (*TABLES, "all_reduce"):
+        axis = axes[name.partition("_")[0]]
+        rates = np.full([len(points) for points in axis], 1e12 if name.startswith("product") else 1e10)
+        rates[-1] *= 10 if len(rates) > 1 else 1
+        tables[name] = {"axes": axis, "rates": rates.tolist()}
+    content = {"device": "some GPU", "dtype": "bfloat16", "processes": 2, "memory_bytes": 1e9, "tables": tables}
+    path.write_text(json.dumps(content | {"host_seconds": dict.fromkeys(HOST, 1e-3)} | changed))
+    return path
+
+
 def test_rates_of_a_calibration_file(tmp_path: Path) -> None:
-    file = tmp_path / "rates.json"
-    rates = {"matmul_flops": 2e14, "attention_flops": 1e14, "memory_bytes_per_second": 1e12}
-    file.write_text(json.dumps(rates | {"device": "some GPU", "node_bytes_per_second": None}))
-    cluster = make_cluster("A800-80GB", 8, calibration=file)
-    assert {name: getattr(cluster, name) for name in rates} == rates
-    assert cluster.node_bytes_per_second == make_cluster("A800-80GB", 8).node_bytes_per_second
+    cluster = make_cluster("A800-80GB", 16, calibration=calibration_file(tmp_path / "rates.json"))
+    assert cluster.product("forward", 10, 10, 10) == pytest.approx(2 * 1000 / 1e12)
+    # Halfway on a logarithmic scale, and the edges beyond the grid.
+    assert cluster.product("weight", 100, 10, 10) == pytest.approx(2 * 10_000 / 10**12.5)
+    assert cluster.product("input", 1e5, 1, 10) == pytest.approx(2 * 1e6 / 1e13)
+    assert cluster.passes("norm", 1e6, 8) == pytest.approx(8e6 / 1e11)
+    assert cluster.collective("all_reduce", 1e5, 2, 1) == pytest.approx(1e5 / 1e11)
+    # Not measured: scattering, and what leaves the machine.
+    datasheet = make_cluster("A800-80GB", 16)
+    for kind, ranks in (("reduce_scatter", 2), ("all_reduce", 16)):
+        assert cluster.collective(kind, 1e5, ranks, 1) == datasheet.collective(kind, 1e5, ranks, 1)  # type: ignore[arg-type]
     assert "measured on some GPU" in cluster.source
-    file.write_text(json.dumps(rates | {"attention_flops": 0}))
-    with pytest.raises(ValueError, match="attention_flops is 0, expected a rate above 0"):
-        make_cluster("A800-80GB", 8, calibration=file)
+
+
+def test_what_cannot_be_a_cluster(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rates\.json is no calibration \(KeyError: 'step_layer'\), expected a file"):
+        make_cluster("A800-80GB", 8, calibration=calibration_file(tmp_path / "rates.json", host_seconds={"step": 1}))
+    with pytest.raises(ValueError, match="--gpu is CPU with a calibration of 2 processes, expected one of --gpus 4"):
+        make_cluster("CPU", 4, calibration=calibration_file(tmp_path / "rates.json"))
     with pytest.raises(ValueError, match="--gpu is 'B999', expected one of A100-80GB"):
         make_cluster("B999", 8)
     with pytest.raises(ValueError, match="--gpus is 12, expected a positive number, whole machines of 8"):
         make_cluster("A800-80GB", 12)
+
+
+def test_host_and_device(tmp_path: Path) -> None:
+    """A GPU waits for a slow host, and not for a fast one; on the CPU the times add up."""
+    load = Load(
+        microbatches=2, sequence_length=128, pairs=8192, segment_length=128, rows=64, tokens=256, useful_flops=1.0
+    )
+    arch, config = architecture("codellama-7b"), Config()
+
+    def time(name: str, seconds: float) -> StepTime:
+        host = dict.fromkeys(HOST, seconds)
+        file = calibration_file(tmp_path / "rates.json", processes=1, host_seconds=host)
+        return predict(config, arch, make_cluster(name, 1, calibration=file, stack="plain"), load).time
+
+    device = time("A800-80GB", 0.0)
+    assert device.host == 0
+    ones = (1 + 32) * 2 + 1 + 32
+    assert time("CPU", 0.5).total == pytest.approx(device.total + 0.5 * ones)
+    assert time("A800-80GB", 1e-9).host == pytest.approx(1e-9 * (1 + 32))
+    slow = time("A800-80GB", 10.0)
+    # Of a step, only the update's host time adds to the device's.
+    assert slow.total == pytest.approx(10 * ones + slow.optimizer)
+
+
+@pytest.mark.parametrize("gpu", ["A800-80GB", "H100-80GB"])
+def test_fused_backends_take_less(gpu: str) -> None:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=8, sequence_parallel=True, pipeline_model_parallel_size=2, recompute="full"
+    )
+    run = Config(batch=BatchConfig(global_batch_size=48), parallel=parallel)
+    planners = {
+        stack: Planner(architecture("codellama-34b"), run, papers(), make_cluster(gpu, 16, stack=stack))
+        for stack in ("plain", "pip", "te")
+    }
+    plain, pip, te = (planners[stack].predict(run) for stack in ("plain", "pip", "te"))
+    assert te.step_seconds <= pip.step_seconds < plain.step_seconds
+    assert plain.times[0].matmul == pip.times[0].matmul
+    named = dataclasses.replace(run, backends=BackendsConfig(layers="torch", weight_gradient="torch", adamw="torch"))
+    assert planners["pip"].predict(named).times[0].memory_passes > pip.times[0].memory_passes
+    fp8 = dataclasses.replace(run, model=ModelConfig(fp8="delayed"))
+    if gpu == "H100-80GB":
+        assert planners["te"].predict(fp8).step_seconds < te.step_seconds
+    for planner in (planners["pip"], planners["te"] if gpu == "A800-80GB" else planners["plain"]):
+        with pytest.raises(ValueError, match=r"model\.fp8 is 'delayed', expected 'none'"):
+            planner.predict(fp8)
 
 
 def test_chunks_shorten_the_bubble_and_faster_gpus_the_step() -> None:
@@ -159,7 +232,7 @@ def test_options_that_save_memory() -> None:
     assert optimizer(cpu_offload_fraction=0.75) == 3
     arch = architecture("codellama-7b")
     kept = [
-        memory.layer_activations(arch, Config(), 8192).kept(ParallelConfig(**keys))
+        memory.layer_activations(arch, Config(), STACKS["plain"], 8192).kept(ParallelConfig(**keys))
         for keys in (
             {"recompute": "full"},
             {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")},
@@ -179,7 +252,7 @@ def test_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads, has the paper's settings, fits, and says of itself what the planner says of it now."""
     monkeypatch.chdir(ROOT)
     text, config = path.read_text(encoding="utf-8"), load_config(str(path), [])
-    model, method, _ = path.stem.split("_")
+    model, method = path.stem.split("_")[:2]
     expected = METHODS[method]
     assert config.batch.global_batch_size == 512
     assert (config.optimizer.name, config.optimizer.learning_rate) == (expected["optimizer"], expected["learning_rate"])
@@ -200,6 +273,7 @@ def test_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_models_of_the_papers_have_recipes() -> None:
     names = {tuple(path.stem.split("_")) for path in RECIPES}
+    assert {("codellama-34b", "reflectioncoder", "16xH100", *more) for more in ((), ("te",), ("te", "fp8"))} <= names
     for model in ("codellama-7b", "codellama-34b", "deepseek-coder-6.7b", "deepseek-coder-33b"):
         assert {(model, "reflectioncoder", "16xA800")} <= names
     for model in ("codellama-python-7b", "deepseek-coder-6.7b"):
@@ -246,8 +320,8 @@ def test_every_gpu_is_named_as_it_is_listed() -> None:
 @pytest.mark.slow
 def test_calibration_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates, model = tmp_path / "rates.json", str(ROOT / "examples" / "recipes" / "models" / "codellama-7b.json")
-    assert cli.main(["bench", "calibrate", "--out", str(rates), "--processes", "2"]) == 0
-    content = json.loads(rates.read_bytes())
-    assert content["node_bytes_per_second"] > 0
+    assert cli.main(["bench", "calibrate", "--out", str(rates), "--processes", "1"]) == 0
+    device = json.loads(rates.read_bytes())["device"]
+    assert f"{device}, float32, 1 processes at once" in capsys.readouterr().out
     assert cli.main(["plan", "--model", model, "--gpus", "8", "--calibration", str(rates), "--top", "1"]) == 0
-    assert f"measured on {content['device']}" in capsys.readouterr().out
+    assert f"measured on {device}" in capsys.readouterr().out

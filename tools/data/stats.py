@@ -20,10 +20,12 @@ import yaml
 
 from reflectron.engine.config import Config
 from reflectron.tools.load_config import load_config
+from reflectron.tools.plan import add_cluster_arguments, cluster_of, planned_architecture
 
 if TYPE_CHECKING:
     from reflectron.engine.data.sampler import SampleOrder
     from reflectron.engine.data.store import TokenStore
+    from reflectron.tools.planner.search import Prediction
 
 # Where the strategy ``block`` hides one, two and three types of blocks, and the end.
 _RATES = (0.0, 0.33, 0.67, 1.0)
@@ -47,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="samples that the reference pads to one length (default: 1, as published)",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write everything there as well")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="config.json of a model: also predict its GPU hours on this data, as `plan` does"
+    )
+    add_cluster_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -111,14 +117,21 @@ def run(args: argparse.Namespace) -> int:
         files = _file_stats(store, reflection, config)
         order = sample_order(store, config.data.train, config.seed)
         total_steps, steps = _step_stats(store, reflection, order, config, args)
+        best = _best_layout(store, config, args) if args.plan else None
     _print_files(files)
     _print_steps(steps, total_steps, args.reference_batch_size)
+    if best is not None:
+        from reflectron.tools.planner.tables import show_layouts
+
+        show_layouts([best], None)
+        print(f"Predicted, not measured: {best.gpu_hours:.1f} GPU hours in the fastest layout that fits.")
     if args.json:
         content = {
             "files": [asdict(file) for file in files],
             "total_steps": total_steps,
             "reference_batch_size": args.reference_batch_size,
             "steps": [asdict(step) for step in steps],
+            "planned_gpu_hours": best.gpu_hours if best is not None else None,
         }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -139,6 +152,15 @@ def _config(args: argparse.Namespace, scratch: Path) -> Config:
     path = scratch / "data.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return load_config(str(path), overrides)
+
+
+def _best_layout(store: TokenStore, config: Config, args: argparse.Namespace) -> Prediction:
+    """The fastest layout of the model ``--plan`` on this data."""
+    from reflectron.tools.planner.samples import samples_of
+    from reflectron.tools.planner.search import Planner
+
+    samples, arch = samples_of(store, config), planned_architecture(args.plan, config)
+    return Planner(arch, config, samples, cluster_of(args)).search()[0]
 
 
 def _file_stats(store: TokenStore, reflection: np.ndarray, config: Config) -> list[FileStats]:

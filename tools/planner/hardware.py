@@ -1,18 +1,27 @@
 """Name of a GPU in; out come the rates that predictions divide by, each with where it is from.
 
 A rate is either a number of the datasheet times an assumed achievable fraction, or one that ``reflectron bench
-calibrate`` measured. Nothing here has been measured by this project unless a calibration file is given.
+calibrate`` measured at the very size. Nothing here has been measured by this project unless a calibration file is
+given.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from reflectron.tools.planner.backends import STACKS
+from reflectron.tools.planner.calibration import COLLECTIVES, Calibration, read_calibration
+from reflectron.tools.planner.traffic import LAYERS
 
 GB = 10**9
+# Share of communication that hides behind the computation it may overlap with, on CUDA. Assumed.
+OVERLAP = 0.7
+# Seconds that a collective takes however little it moves. Assumed.
+LATENCY = 20e-6
+# Seconds in which the host launches an operator, autograd and megatron-core's Python included. Assumed.
+LAUNCH = 10e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +30,8 @@ class Gpu:
 
     name: str
     bf16_flops: float
+    fp8_flops: float
+    """0 where there is none."""
     memory_bytes: float
     """As torch reports it: less than the name says, by what the driver keeps."""
     memory_bytes_per_second: float
@@ -36,17 +47,23 @@ class Fractions:
     """Shares of the datasheet's rates that a training step is assumed to reach."""
 
     matmul: float
+    fp8: float
     attention: float
+    """Of kernels as old as FlashAttention-2."""
+    new_attention: float
+    """Of FlashAttention-3, -4 and transformer-engine's (cuDNN)."""
     memory: float
     bus: float
 
 
 # Assumed, not measured here. Products of 4k to 30k a side in cuBLAS reach about 250 of A100's 312 TFLOP/s and 650 to
-# 700 of H100's 989 at their sustained clocks; a step has smaller ones too. Attention is torch's FlashAttention-2,
-# forward and backward of causal segments of 0.5k to 4k tokens (arXiv 2307.08691, figures 5 and 6: 130 to 190 TFLOP/s on
-# A100; about 300 on H100, for which it is not tuned). NCCL's bus bandwidth comes to about 80 % of the links'.
-_AMPERE = Fractions(matmul=0.75, attention=0.45, memory=0.80, bus=0.80)
-_HOPPER = Fractions(matmul=0.65, attention=0.30, memory=0.80, bus=0.80)
+# 700 of H100's 989 at their sustained clocks, in FP8 about 1,100 to 1,300 of 1,979; a step has smaller ones too. Older
+# attention is FlashAttention-2, also torch's: forward and backward of causal segments of 0.5k to 4k tokens
+# (arXiv 2307.08691, figures 5 and 6: 130 to 190 TFLOP/s on A100; about 300 on H100, for which it is not tuned). Newer
+# attention gains on Hopper alone (arXiv 2407.08608, figures 5 and 6: at 0.5k to 4k causal tokens about 300 to 550
+# forward and 250 to 450 backward). NCCL's bus bandwidth comes to about 80 % of the links'.
+_AMPERE = Fractions(matmul=0.75, fp8=0.0, attention=0.45, new_attention=0.45, memory=0.80, bus=0.80)
+_HOPPER = Fractions(matmul=0.65, fp8=0.55, attention=0.30, new_attention=0.38, memory=0.80, bus=0.80)
 
 # Adapters of the usual machines: 200 Gbit/s InfiniBand a GPU with A100 and A800, 400 Gbit/s with H100 and later.
 _HDR, _NDR = 25 * GB, 50 * GB
@@ -58,6 +75,7 @@ GPUS = {
         Gpu(
             name="A100-80GB",
             bf16_flops=312e12,
+            fp8_flops=0.0,
             memory_bytes=79.2 * 2**30,
             memory_bytes_per_second=2039 * GB,
             nvlink_bytes_per_second=300 * GB,
@@ -68,17 +86,19 @@ GPUS = {
         Gpu(
             name="A800-80GB",
             bf16_flops=312e12,
+            fp8_flops=0.0,
             memory_bytes=79.2 * 2**30,
             memory_bytes_per_second=2039 * GB,
             nvlink_bytes_per_second=200 * GB,
             network_bytes_per_second=_HDR,
             fractions=_AMPERE,
         ),
-        # NVIDIA H100 datasheet (SXM): 1,979 TFLOP/s bf16 with sparsity, half of it dense; FP8 twice that, which the
-        # engine does not use; 3.35 TB/s, NVLink 900 GB/s.
+        # NVIDIA H100 datasheet (SXM): 1,979 TFLOP/s bf16 with sparsity, half of it dense, FP8 twice that; 3.35
+        # TB/s, NVLink 900 GB/s.
         Gpu(
             name="H100-80GB",
             bf16_flops=989e12,
+            fp8_flops=1979e12,
             memory_bytes=79.1 * 2**30,
             memory_bytes_per_second=3350 * GB,
             nvlink_bytes_per_second=450 * GB,
@@ -89,6 +109,7 @@ GPUS = {
         Gpu(
             name="H800-80GB",
             bf16_flops=989e12,
+            fp8_flops=1979e12,
             memory_bytes=79.1 * 2**30,
             memory_bytes_per_second=3350 * GB,
             nvlink_bytes_per_second=200 * GB,
@@ -99,6 +120,7 @@ GPUS = {
         Gpu(
             name="H200-141GB",
             bf16_flops=989e12,
+            fp8_flops=1979e12,
             memory_bytes=139.8 * 2**30,
             memory_bytes_per_second=4800 * GB,
             nvlink_bytes_per_second=450 * GB,
@@ -109,6 +131,9 @@ GPUS = {
 }
 
 
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "transfer"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Where a run takes place, and how fast that is."""
@@ -116,16 +141,98 @@ class Cluster:
     gpu: Gpu
     gpus: int
     gpus_per_node: int
-    matmul_flops: float
-    attention_flops: float
-    """Useful operations of a forward and a backward over the time of both."""
-    memory_bytes_per_second: float
-    node_bytes_per_second: float
-    """Bus bandwidth of a collective inside a machine, in NCCL's definition."""
     network_bytes_per_second: float
-    """Of one GPU's adapter."""
-    source: str
-    """Where the rates are from."""
+    """Of one GPU's adapter, as used."""
+    stack: str
+    """What is installed, a key of ``STACKS``."""
+    calibration: Calibration | None = None
+    """What was measured on such a machine."""
+
+    @property
+    def source(self) -> str:
+        """Where the rates are from."""
+        if self.calibration is None:
+            return "datasheets and assumed fractions, nothing measured"
+        return self.calibration.source + ("" if self.is_cpu else "; network by the datasheet")
+
+    @property
+    def is_cpu(self) -> bool:
+        """Host and device are one: what one does, the other waits for."""
+        return self.gpu.name == "CPU"
+
+    @property
+    def overlap(self) -> float:
+        """Share of communication that hides behind computation; on the CPU the same cores do both."""
+        return 0.0 if self.is_cpu else OVERLAP
+
+    @property
+    def matmul_flops(self) -> float:
+        """Of large products in bfloat16, or in the calibration's type."""
+        if self.calibration is not None:
+            return float(self.calibration.tables["product_forward"].values.max())
+        return self.gpu.bf16_flops * self.gpu.fractions.matmul
+
+    @property
+    def memory_bytes_per_second(self) -> float:
+        """Of a pass over much memory."""
+        if self.calibration is not None:
+            return float(self.calibration.tables["pass_copy"].values[-1])
+        return self.gpu.memory_bytes_per_second * self.gpu.fractions.memory
+
+    @property
+    def node_bytes_per_second(self) -> float:
+        """Bus bandwidth of a collective inside a machine, in NCCL's definition."""
+        return self.gpu.nvlink_bytes_per_second * self.gpu.fractions.bus
+
+    def product(self, kind: str, tokens: float, inner: float, outer: float, fp8: bool = False) -> float:
+        """Seconds of a linear layer's product: its ``forward``, or its backward for the ``input`` or the ``weight``."""
+        operations = 2 * tokens * inner * outer
+        if fp8:
+            return operations / (self.gpu.fp8_flops * self.gpu.fractions.fp8)
+        if self.calibration is not None:
+            return operations / self.calibration.tables[f"product_{kind}"].at(tokens, inner, outer)
+        return operations / self.matmul_flops
+
+    def linear(self, tokens: float, inner: float, outer: float, forwards: int = 1, fp8: bool = False) -> float:
+        """Seconds of a linear layer's forward and backward."""
+        forward, backward = self.product("forward", tokens, inner, outer, fp8), 0.0
+        for kind in ("input", "weight"):
+            backward += self.product(kind, tokens, inner, outer, fp8)
+        return forwards * forward + backward
+
+    def attention(self, operations: float, segment_length: float, head_dim: int, backend: str) -> float:
+        """Seconds of the causal attention of segments, forward and backward."""
+        if self.calibration is not None and backend == "sdpa":
+            return operations / self.calibration.tables["attention"].at(segment_length, head_dim)
+        return operations / self.attention_flops(backend)
+
+    def attention_flops(self, backend: str) -> float:
+        """Useful operations of a forward and a backward over the time of both."""
+        new = backend in ("transformer_engine", "flash_attention_3", "flash_attention_4")
+        share = self.gpu.fractions.new_attention if new else self.gpu.fractions.attention
+        return self.gpu.bf16_flops * share
+
+    def passes(self, part: str, elements: float, bytes_per_element: float) -> float:
+        """Seconds of passes over a tensor of ``elements``."""
+        if self.calibration is None:
+            return elements * bytes_per_element / self.memory_bytes_per_second
+        return elements * bytes_per_element / self.calibration.tables[f"pass_{part}"].at(elements)
+
+    def collective(self, kind: Collective, size: float, ranks: int, stride: int) -> float:
+        """Seconds of a collective of ``ranks`` GPUs that are ``stride`` apart, or of a transfer between two.
+
+        ``size`` is the bytes of the whole: of the sum, of what is gathered, or of what is scattered.
+        """
+        if ranks == 1:
+            return 0.0
+        inside = (ranks - 1) * stride < self.gpus_per_node
+        measured = self.calibration.tables.get(kind) if self.calibration is not None else None
+        if measured is not None and inside:
+            return size / measured.at(size)
+        if kind == "transfer":
+            return size / (self.node_bytes_per_second if inside else self.network_bytes_per_second)
+        once = size * (ranks - 1) / ranks / self.bus(ranks, stride) + LATENCY
+        return 2 * once if kind == "all_reduce" else once
 
     def bus(self, ranks: int, stride: int) -> float:
         """Bus bandwidth, in bytes a second, of ``ranks`` GPUs that are ``stride`` apart.
@@ -137,53 +244,74 @@ class Cluster:
         members = max(1, min(ranks, self.gpus_per_node // stride))
         return min(self.node_bytes_per_second, members * self.network_bytes_per_second)
 
+    def host(self, layers: str) -> dict[str, float]:
+        """Seconds of the host, by ``calibration.HOST``, with a backend of ``layers``."""
+        operators = LAYERS[layers].operators
+        if self.calibration is not None:
+            ratio = operators / LAYERS["torch"].operators
+            return self.calibration.host | {"microbatch_layer": self.calibration.host["microbatch_layer"] * ratio}
+        # The embedding, the head and the schedule come to about one plain layer; an update to a few launches a layer.
+        plain = LAYERS["torch"].operators * LAUNCH
+        return {
+            "step": plain,
+            "step_layer": 10 * LAUNCH,
+            "microbatch": plain,
+            "microbatch_layer": operators * LAUNCH,
+        }
 
-def make_cluster(name: str, gpus: int, gpus_per_node: int = 8, calibration: Path | None = None) -> Cluster:
-    """GPUs of one kind, with measured rates where ``calibration`` has them.
+
+def make_cluster(
+    name: str, gpus: int, gpus_per_node: int = 8, calibration: Path | None = None, stack: str = "pip"
+) -> Cluster:
+    """GPUs of one kind, with measured rates where ``calibration`` has them; ``CPU`` for processes over gloo.
 
     Raises:
-        ValueError: for an unknown GPU, an impossible number or a calibration file that lacks a rate.
+        ValueError: for an unknown GPU, an impossible number, or a calibration that is none or of another machine.
     """
+    measured = read_calibration(calibration) if calibration is not None else None
+    if name == "CPU":
+        return _cpu_cluster(gpus, measured)
     if name not in GPUS:
-        raise ValueError(f"--gpu is {name!r}, expected one of {', '.join(GPUS)}")
+        raise ValueError(f"--gpu is {name!r}, expected one of {', '.join(GPUS)} or CPU")
+    if stack not in STACKS:
+        raise ValueError(f"--backends is {stack!r}, expected one of {', '.join(STACKS)}")
     if gpus < 1 or gpus_per_node < 1 or (gpus > gpus_per_node and gpus % gpus_per_node):
         raise ValueError(f"--gpus is {gpus}, expected a positive number, whole machines of {gpus_per_node}")
     gpu = GPUS[name]
-    share = gpu.fractions
-    cluster = Cluster(
+    return Cluster(
         gpu=gpu,
         gpus=gpus,
         gpus_per_node=gpus_per_node,
-        matmul_flops=gpu.bf16_flops * share.matmul,
-        attention_flops=gpu.bf16_flops * share.attention,
-        memory_bytes_per_second=gpu.memory_bytes_per_second * share.memory,
-        node_bytes_per_second=gpu.nvlink_bytes_per_second * share.bus,
-        network_bytes_per_second=gpu.network_bytes_per_second * share.bus,
-        source="datasheets and assumed fractions, nothing measured",
+        network_bytes_per_second=gpu.network_bytes_per_second * gpu.fractions.bus,
+        stack=stack,
+        calibration=measured,
     )
-    return cluster if calibration is None else replace(cluster, **read_calibration(calibration))
 
 
-def read_calibration(path: Path) -> dict[str, Any]:
-    """The rates in a file of ``reflectron bench calibrate``, named as in ``Cluster``.
-
-    Raises:
-        ValueError: naming the file and what it lacks.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    needed, optional = ("matmul_flops", "attention_flops", "memory_bytes_per_second"), ("node_bytes_per_second",)
-    rates: dict[str, Any] = {}
-    for key in (*needed, *optional):
-        value = content.get(key) if isinstance(content, dict) else None
-        if value is None and key in optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(
-                f"{path}: {key} is {value!r}, expected a rate above 0; write it by reflectron bench calibrate"
-            )
-        rates[key] = float(value)
-    missing = "" if len(rates) == 4 else "; communication inside a machine by the datasheet"
-    return rates | {"source": f"measured on {content.get('device')}, {path}; network by the datasheet{missing}"}
+def _cpu_cluster(processes: int, measured: Calibration | None) -> Cluster:
+    """One machine without datasheet: all that is known of it was measured."""
+    if measured is None or measured.processes != processes:
+        found = "no calibration" if measured is None else f"a calibration of {measured.processes} processes"
+        raise ValueError(
+            f"--gpu is CPU with {found}, expected one of --gpus {processes}: reflectron bench calibrate --out FILE "
+            f"--processes {processes}, then --calibration FILE"
+        )
+    products, collectives = measured.tables["product_forward"], [measured.tables.get(kind) for kind in COLLECTIVES]
+    link = max((float(table.values.max()) for table in collectives if table is not None), default=GB)
+    return Cluster(
+        gpu=Gpu(
+            name="CPU",
+            bf16_flops=float(products.values.max()),
+            fp8_flops=0.0,
+            memory_bytes=measured.memory_bytes,
+            memory_bytes_per_second=float(measured.tables["pass_copy"].values[-1]),
+            nvlink_bytes_per_second=link,
+            network_bytes_per_second=link,
+            fractions=Fractions(matmul=1, fp8=1, attention=1, new_attention=1, memory=1, bus=1),
+        ),
+        gpus=processes,
+        gpus_per_node=processes,
+        network_bytes_per_second=link,
+        stack="plain",
+        calibration=measured,
+    )

@@ -1,7 +1,8 @@
 """Architecture, layout and pack sizes in; out come the bytes that one rank of each pipeline stage holds at its peak.
 
-Counted tensor by tensor as the engine makes them out of megatron-core's plain-torch parts (0.16.1), which keep more for
-the backward than fused ones would. Tested against the tensors of real models on the CPU.
+Counted tensor by tensor as the engine makes them out of megatron-core's parts (0.16.1) and the chosen backends: plain
+torch keeps more for the backward than fused kernels do. Plain parts are tested against the tensors of real models on
+the CPU.
 
 T tokens of a microbatch; a rank's matrices meet T / cp of them, and between matrices sequence parallelism leaves it one
 in tp of these. q and k are the widths of all queries and of all keys of a token.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from reflectron.engine.config import Config, OptimizerConfig, ParallelConfig
 from reflectron.engine.model.families import Architecture, layers_per_stage, padded_vocab_size
+from reflectron.tools.planner.backends import Backends
 
 GIB = 2**30
 
@@ -25,7 +27,7 @@ FULLEST = 0.95
 
 # From the head's own limits: float32 logits of a chunk of its plain backend, fourteen such buffers in the backward;
 # the Triton backend's codes of 2 bytes a logit.
-_CHUNK_LOGIT_BYTES, _CHUNK_BUFFERS = 4 * 2**24, 14
+MOST_CHUNK_LOGITS, _CHUNK_BUFFERS = 2**24, 14
 _MOST_CODE_BYTES = 2**30
 
 
@@ -157,38 +159,44 @@ class LayerActivations:
         return bytes_kept
 
 
-def layer_activations(arch: Architecture, config: Config, sequence_length: int) -> LayerActivations:
+def layer_activations(arch: Architecture, config: Config, backends: Backends, sequence_length: int) -> LayerActivations:
     """What one layer keeps of a microbatch of ``sequence_length`` tokens."""
     parallel = config.parallel
     tensor, element = parallel.tensor_model_parallel_size, element_bytes(config)
     tokens = sequence_length / parallel.context_parallel_size
     between = tokens / tensor if parallel.sequence_parallel else tokens
     hidden, ffn, (q, k) = arch.hidden_size, arch.ffn_hidden_size, widths(arch)
-    # Each norm: its input in float32 (a copy, unless it is float32 already), the normalised tokens, and its output,
-    # which is the input of a linear layer. Its scale is 4 bytes a token.
-    norm = hidden * (4 + 2 * element) + 4
+    plain = backends.layers == "torch"
     if parallel.context_parallel_size == 1:
         # The projection's output lives on through the values; rotated queries and keys.
         inputs = tokens * (2 * q + 3 * k)
     else:
         # Rotated queries, and of the whole pack the keys and values that the two chunks of each segment meet.
         inputs = tokens * q + sequence_length * (1 + 0.5 / parallel.context_parallel_size) * 2 * k
-    # Attention's output by segment with the sums of its exponentials, and once more as the next linear layer's input.
-    segments = tokens * (q * element + 4 * arch.num_attention_heads) / tensor
+    # The sums of exponentials, and with a call for each segment its output, which is then joined to the others' as the
+    # next linear layer's input.
+    segments = tokens * (4 * arch.num_attention_heads + (0 if backends.packed_attention else q * element)) / tensor
     attention = segments + (inputs + tokens * q) * element / tensor
     # The projection's output is what rotation and attention are made again from.
     core_attention = segments + (inputs - tokens * (q + 2 * k)) * element / tensor
     if arch.qk_norm:
-        attention += tokens * (q + k) * (4 + element) / tensor
+        attention += tokens * (q + k) * ((4 if plain else 0) + element) / tensor
         core_attention -= tokens * (q + k) * element / tensor
     return LayerActivations(
-        outside=2 * between * norm,
+        outside=2 * between * norm_bytes(hidden, element, backends),
         attention=attention,
         core_attention=core_attention,
-        # Gate and input in one tensor, the activated gate, the input plus an offset of 0, and their product.
-        mlp=tokens * 5 * ffn * element / tensor,
+        # Gate and input in one tensor, and their product; plain torch keeps the activated gate and the input plus an
+        # offset of 0 as well.
+        mlp=tokens * (5 if plain else 3) * ffn * element / tensor,
         input=between * hidden * element,
     )
+
+
+def norm_bytes(width: int, element: int, backends: Backends) -> float:
+    """That a norm keeps of a token, its output included, which is the input of a linear layer: for plain torch also its
+    input in float32 (a copy, unless it is float32 already) and the normalised token, for a fused one its input."""
+    return width * (4 + 2 * element if backends.layers == "torch" else 2 * element) + 4
 
 
 def element_bytes(config: Config) -> int:
@@ -196,12 +204,13 @@ def element_bytes(config: Config) -> int:
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
-def head_kept_bytes(arch: Architecture, config: Config, sequence_length: int, rows: float) -> float:
+def head_kept_bytes(arch: Architecture, config: Config, backends: Backends, sequence_length: int, rows: float) -> float:
     """Of the final norm and the rows with a loss, kept between the last stage's forward and its backward."""
     parallel, element, hidden = config.parallel, element_bytes(config), arch.hidden_size
     tokens = sequence_length / parallel.context_parallel_size
     between = tokens / parallel.tensor_model_parallel_size if parallel.sequence_parallel else tokens
-    return between * hidden * (4 + element) + rows / parallel.context_parallel_size * hidden * element
+    norm = norm_bytes(hidden, element, backends) - hidden * element
+    return between * norm + rows / parallel.context_parallel_size * hidden * element
 
 
 def head_scratch_bytes(arch: Architecture, config: Config, sequence_length: int, rows: float) -> float:
@@ -212,13 +221,14 @@ def head_scratch_bytes(arch: Architecture, config: Config, sequence_length: int,
     if config.loss.backend == "triton":
         scratch = min(_MOST_CODE_BYTES, logits * element) + rows * hidden * element
     else:
-        scratch = _CHUNK_BUFFERS * min(_CHUNK_LOGIT_BYTES, 4 * logits)
+        scratch = _CHUNK_BUFFERS * 4 * min(MOST_CHUNK_LOGITS, logits)
     return scratch + (rows + 2 * tokens) * hidden * element
 
 
 def rank_memory(
     arch: Architecture,
     config: Config,
+    backends: Backends,
     stage: Stage,
     *,
     replicas: int,
@@ -231,6 +241,7 @@ def rank_memory(
     Args:
         arch: the model.
         config: layout, types and optimizer.
+        backends: what computes it.
         stage: the pipeline stage.
         replicas: data-parallel ranks; with context-parallel ones they share the optimizer's state.
         microbatches: of a step, on one replica.
@@ -241,29 +252,48 @@ def rank_memory(
     parameters = stage_parameters(arch, config, stage)
     sharded = parallel.distributed_optimizer and config.optimizer.name == "adamw"
     shards = replicas * parallel.context_parallel_size if sharded else 1
-    layer = layer_activations(arch, config, sequence_length)
+    layer = layer_activations(arch, config, backends, sequence_length)
     in_flight = microbatches_in_flight(parallel, stage, microbatches)
     # Between stages also the received input of every chunk.
     received = layer.input * len(stage.chunks) if parallel.pipeline_model_parallel_size > 1 else 0.0
-    activations = in_flight * (stage.layers * layer.kept(parallel) + received)
+    rotation = rotation_bytes(arch, config, backends, sequence_length) * len(stage.chunks)
+    activations = in_flight * (stage.layers * layer.kept(parallel) + received + rotation)
     head = 0.0
     if stage.is_last:
-        head = head_kept_bytes(arch, config, sequence_length, rows)
+        head = head_kept_bytes(arch, config, backends, sequence_length, rows)
         head += head_scratch_bytes(arch, config, sequence_length, rows)
     tensors = {
-        "parameters": float(parameters * element),
+        "parameters": float(parameters * element + fp8_weight_bytes(arch, config, stage)),
         "gradients": 4.0 * parameters,
         "optimizer": optimizer_bytes_of_parameter(config.optimizer, element) * parameters / shards,
         "activations": activations,
         "head": head,
-        "transient": _transient(arch, config, stage, layer, sequence_length),
+        "transient": _transient(arch, config, backends, stage, layer, sequence_length),
     }
     reserved = RESERVED_BYTES + FRAGMENTATION * (activations + head + tensors["transient"])
     return RankMemory(**tensors, reserved=reserved)
 
 
+def rotation_bytes(arch: Architecture, config: Config, backends: Backends, sequence_length: int) -> float:
+    """Of a chunk's cosines and sines, made once a microbatch: in the model's type, or the angles in float32."""
+    tokens = sequence_length / config.parallel.context_parallel_size
+    return tokens * arch.head_dim * (2 * element_bytes(config) if backends.layers == "torch" else 4)
+
+
+def fp8_weight_bytes(arch: Architecture, config: Config, stage: Stage) -> float:
+    """Of the linear layers' weights in FP8, once more transposed, which last over the microbatches of a step."""
+    if config.model.fp8 == "none":
+        return 0.0
+    return 2.0 * stage.layers * layer_parameters(arch, config.parallel.tensor_model_parallel_size)
+
+
 def _transient(
-    arch: Architecture, config: Config, stage: Stage, layer: LayerActivations, sequence_length: int
+    arch: Architecture,
+    config: Config,
+    backends: Backends,
+    stage: Stage,
+    layer: LayerActivations,
+    sequence_length: int,
 ) -> float:
     """Of a layer's backward: what is computed again, gradients of the MLP's inside, gathered tokens, and the gradient
     of the largest matrix before it is added to its sum."""
@@ -271,7 +301,7 @@ def _transient(
     tokens = sequence_length / config.parallel.context_parallel_size
     again = layer.everything - layer.kept(config.parallel)
     gathered = 2 * tokens * arch.hidden_size * element
-    gradients = tokens * 4 * arch.ffn_hidden_size * element / tensor
+    gradients = tokens * (4 if backends.layers == "torch" else 2) * arch.ffn_hidden_size * element / tensor
     matrix = 2 * arch.hidden_size * arch.ffn_hidden_size / tensor
     if stage.is_first:
         matrix = max(matrix, vocabulary_parameters(arch, config))

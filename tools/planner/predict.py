@@ -14,6 +14,7 @@ import numpy as np
 from reflectron.engine.config import Config, ParallelConfig
 from reflectron.engine.data.views import SampleViews
 from reflectron.engine.model.families import Architecture, check_parallel, layers_per_stage
+from reflectron.tools.planner.backends import planned_backends
 from reflectron.tools.planner.hardware import Cluster
 from reflectron.tools.planner.memory import RankMemory, rank_memory, stages_of
 from reflectron.tools.planner.samples import Batch
@@ -61,13 +62,14 @@ def predict(config: Config, arch: Architecture, machine: Cluster, batch: Batch |
     parallel = config.parallel
     check_parallel(arch, parallel)
     layers_per_stage(arch.num_layers, parallel)
-    replicas = replicas_of(parallel, machine.gpus)
+    replicas, backends = replicas_of(parallel, machine.gpus), planned_backends(config, machine)
     load = pack_load(arch, config, batch, replicas) if isinstance(batch, Batch) else batch
     memory = max(
         (
             rank_memory(
                 arch,
                 config,
+                backends,
                 stage,
                 replicas=replicas,
                 microbatches=load.microbatches,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from reflectron.engine.config import Config, ParallelConfig
 from reflectron.engine.data.packing import microbatch_multiple, packing_sizes
 from reflectron.engine.model.families import Architecture, check_parallel
+from reflectron.tools.planner.backends import planned_backends
 from reflectron.tools.planner.hardware import Cluster
 from reflectron.tools.planner.memory import FULLEST, GIB, RankMemory, rank_memory, stages_of
 from reflectron.tools.planner.predict import predict, replicas_of
@@ -130,6 +131,7 @@ class Planner:
             rank_memory(
                 self.arch,
                 config,
+                planned_backends(config, self.cluster),
                 stage,
                 replicas=replicas_of(parallel, self.cluster.gpus),
                 microbatches=1,
@@ -146,7 +148,9 @@ class Planner:
         return self._packed[key]
 
     def _candidates(self) -> Iterator[Config]:
-        config = self.config
+        # Named: a layout that fits with fused layers may not fit with the plain ones that ``auto`` falls back to.
+        layers = planned_backends(self.config, self.cluster).layers
+        config = replace(self.config, backends=replace(self.config.backends, layers=layers))
         # Both views of the longest sample have room in any case.
         least = config.data.max_length * (2 if self.samples.reflection.any() else 1)
         budgets = [-(-int(least * factor) // 1024) * 1024 for factor in _BUDGETS]

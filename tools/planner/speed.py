@@ -1,8 +1,8 @@
 """Architecture, layout, typical steps and the rates of a cluster in; out comes the time of a step, by what takes it.
 
-A model of the engine as it is: plain-torch norms, rotation and SwiGLU, whose passes over memory are counted; gradients
-added to their float32 sums by a pass of their own; FlashAttention through torch; the communication of megatron-core
-0.16.1's layers and schedules. The host is assumed to keep ahead of the device.
+Products by their shapes, passes over memory by what the backends' parts read and write, the communication of
+megatron-core 0.16.1's layers and schedules. On a GPU the host must keep ahead of the device, or the device waits; on
+the CPU host and device are one, and their times add up.
 
 A replica's microbatch has T tokens; a rank's matrices meet T / cp of them.
 """
@@ -17,38 +17,31 @@ from reflectron.engine.config import Config
 from reflectron.engine.data.packing import microbatch_multiple, packing_sizes, plan_packs
 from reflectron.engine.flops import decoder_shape, forward_cost, training_cost, training_flops
 from reflectron.engine.model.families import Architecture
+from reflectron.tools.planner.backends import Backends, planned_backends
 from reflectron.tools.planner.hardware import Cluster
 from reflectron.tools.planner.memory import (
+    MOST_CHUNK_LOGITS,
     Stage,
     element_bytes,
-    layer_parameters,
     stage_parameters,
     stages_of,
     vocabulary_parameters,
     widths,
 )
 from reflectron.tools.planner.samples import Batch
+from reflectron.tools.planner.traffic import (
+    JOINED,
+    LAYERS,
+    LOGIT_BYTES,
+    QUANTISED,
+    SPLIT,
+    SUMMED,
+    UPDATED,
+    Passes,
+)
 
-# Share of communication that hides behind the computation it may overlap with. Assumed.
-OVERLAP = 0.7
-# Seconds that a collective takes however little it moves. Assumed.
-LATENCY = 20e-6
-
-# Bytes that plain-torch operations read and write in a forward, in bfloat16, for each element of: the hidden states
-# (two norms with a float32 copy, its square, mean, product, rounding and weight: 36 each; two residual additions: 6
-# each); queries and keys (cosine and sine products, rotated halves, their sum, two concatenations: 28); attention's
-# output (joined and transposed: 8); the MLP's width (silu, an offset of 0, the product: 14). The backward moves twice
-# as much.
-_HIDDEN, _ROTATED, _JOINED, _GATED = 2 * 36 + 2 * 6, 28, 8, 14
-# A weight's gradient is written in bfloat16, read, and added to its float32 sum.
-_ACCUMULATED = 2 + 2 + 8
-# Passes over float32 logits in the forward and backward of the head's plain backend; over the codes of Triton's.
-_LOGIT_BYTES = {"reference": 30 * 4, "triton": 5 * 2}
 # Products with the output matrix: the plain backend computes the logits again in the backward.
-_HEAD_PRODUCTS = {"reference": 4, "triton": 3}
-# The update reads a gradient and reads and writes parameter and moments, all float32, and writes a parameter; the
-# norm reads all gradients once more, and the next step begins with zeros in them.
-_UPDATED, _PER_GRADIENT = 4 + 3 * 8 + 2, 8
+_HEAD_FORWARDS = {"reference": 2, "triton": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +53,8 @@ class Load:
     sequence_length: int
     pairs: float
     """Pairs of tokens that attend to each other in a microbatch."""
+    segment_length: float
+    """Tokens of the segment that the mean pair lies in."""
     rows: float
     """Rows of a microbatch with a loss."""
     tokens: int
@@ -82,6 +77,8 @@ class StepTime:
     bubble: float
     data_parallel: float
     optimizer: float
+    host: float
+    """That the device waits for the host: on the CPU all of the host's own work."""
 
     @property
     def total(self) -> float:
@@ -114,6 +111,7 @@ def pack_load(arch: Architecture, config: Config, batch: Batch, replicas: int) -
         microbatches=microbatches,
         sequence_length=plan.sequence_length,
         pairs=float((views * (views + 1) / 2).sum()) / (microbatches * replicas),
+        segment_length=float((views**2).sum() / views.sum()),
         rows=rows / (microbatches * replicas),
         tokens=int(views.sum()),
         useful_flops=training_flops(cost, views, rows),
@@ -135,143 +133,253 @@ class _Layer:
         return sum(vars(self).values())
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What everything about a step depends on."""
+
+    arch: Architecture
+    config: Config
+    backends: Backends
+    cluster: Cluster
+    load: Load
+    replicas: int
+
+    @property
+    def tokens(self) -> float:
+        """That a rank's matrices meet."""
+        return self.load.sequence_length / self.config.parallel.context_parallel_size
+
+    @property
+    def between(self) -> float:
+        """That a rank holds between matrices."""
+        parallel = self.config.parallel
+        return self.tokens / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+
+    @property
+    def element(self) -> int:
+        return element_bytes(self.config)
+
+    @property
+    def sharded(self) -> bool:
+        """Replicas share the optimizer's state."""
+        return self.config.parallel.distributed_optimizer and self.config.optimizer.name == "adamw"
+
+
 def step_time(arch: Architecture, config: Config, cluster: Cluster, load: Load, replicas: int) -> StepTime:
     """Seconds of one optimizer step."""
     parallel = config.parallel
+    run = _Run(arch, config, planned_backends(config, cluster), cluster, load, replicas)
     stages, m = stages_of(arch, parallel), load.microbatches
-    layer = _layer_time(arch, config, cluster, load)
-    head = _head_time(arch, config, cluster, load)
-    accumulate = [_ACCUMULATED * _added(arch, config, s) / cluster.memory_bytes_per_second for s in stages]
+    layer, head, host = _layer_time(run), _head_time(run), cluster.host(run.backends.layers)
+    accumulated = [_accumulation_time(run, stage) for stage in stages]
+    ends = [_ends_time(run, stage) for stage in stages]
     by_stage = [
-        stage.layers * layer.total + (head if stage.is_last else 0.0) + added
-        for stage, added in zip(stages, accumulate, strict=True)
+        stage.layers * layer.total + (head if stage.is_last else 0.0) + added + end
+        for stage, added, end in zip(stages, accumulated, ends, strict=True)
     ]
-    slow = int(np.argmax(by_stage))
+    by_host = [stage.layers * host["microbatch_layer"] + host["microbatch"] for stage in stages]
+    waits = [h if cluster.is_cpu else max(h - d, 0.0) for h, d in zip(by_host, by_stage, strict=True)]
+    whole = [device + wait for device, wait in zip(by_stage, waits, strict=True)]
+    slow = int(np.argmax(whole))
     layers = m * stages[slow].layers
-    bubble = (sum(by_stage) - by_stage[slow]) / parallel.virtual_pipeline_model_parallel_size
     # Gradients are reduced in the last microbatch's backward, parameters gathered in the first one's forward.
-    window = by_stage[slow] * OVERLAP
+    window = by_stage[slow] * cluster.overlap
     return StepTime(
         matmul=layers * layer.matmul,
         attention=layers * layer.attention,
-        memory_passes=layers * layer.memory_passes + m * accumulate[slow],
+        memory_passes=layers * layer.memory_passes + m * accumulated[slow],
         head=m * head if stages[slow].is_last else 0.0,
-        tensor_parallel=layers * layer.tensor_parallel,
+        tensor_parallel=layers * layer.tensor_parallel + m * ends[slow],
         context_parallel=layers * layer.context_parallel,
-        pipeline_transfer=_transfer_time(arch, config, cluster, load, replicas),
-        bubble=bubble,
-        data_parallel=_replica_time(arch, config, cluster, stages[slow], replicas, window),
-        optimizer=_update_time(arch, config, cluster, stages[slow], replicas),
+        pipeline_transfer=_transfer_time(run),
+        bubble=(sum(whole) - whole[slow]) / parallel.virtual_pipeline_model_parallel_size,
+        data_parallel=_replica_time(run, stages[slow], window),
+        optimizer=_update_time(run, stages[slow]),
+        host=m * waits[slow] + host["step"] + host["step_layer"] * stages[slow].layers,
     )
 
 
-def _added(arch: Architecture, config: Config, stage: Stage) -> int:
-    """Parameters whose gradients are added after every backward; the head adds the output layer's itself."""
-    count = stage_parameters(arch, config, stage)
-    if stage.is_last and not (arch.tied_embeddings and stage.is_first):
-        count -= vocabulary_parameters(arch, config)
-    return count
+def _matrices(arch: Architecture, tensor: int) -> dict[str, tuple[float, float]]:
+    """Inputs and outputs of a layer's linear layers on one rank."""
+    hidden, ffn, (q, k) = arch.hidden_size, arch.ffn_hidden_size, widths(arch)
+    return {
+        "qkv": (hidden, (q + 2 * k) / tensor),
+        "proj": (q / tensor, hidden),
+        "fc1": (hidden, 2 * ffn / tensor),
+        "fc2": (ffn / tensor, hidden),
+    }
 
 
-def _layer_time(arch: Architecture, config: Config, cluster: Cluster, load: Load) -> _Layer:
-    parallel, element, (q, k) = config.parallel, element_bytes(config), widths(arch)
-    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    tokens = load.sequence_length / context
-    between = tokens / tensor if parallel.sequence_parallel else tokens
+def _accumulation_time(run: _Run, stage: Stage) -> float:
+    """Of a microbatch: weight gradients into their sums; the head adds the output layer's itself, and the embedding's
+    gradient is a whole matrix of mostly zeros."""
+    cluster, moved = run.cluster, SUMMED[run.backends.fused_gradient][run.element]
+    *layers, _ = _tensors(run, stage)
+    seconds = sum(count * cluster.passes("sum", size, moved) for count, size in layers)
+    if stage.is_first:
+        whole = vocabulary_parameters(run.arch, run.config)
+        seconds += cluster.passes("sum", whole, run.element + SUMMED["torch"][run.element])
+    return seconds
+
+
+def _layer_time(run: _Run) -> _Layer:
+    arch, config, cluster, backends = run.arch, run.config, run.cluster, run.backends
+    parallel, (q, k) = config.parallel, widths(arch)
+    tensor, context, tokens = parallel.tensor_model_parallel_size, parallel.context_parallel_size, run.tokens
     modules = parallel.recompute_modules if parallel.recompute == "selective" else ()
-    full = parallel.recompute == "full"
-    mlp = 3 * arch.hidden_size * arch.ffn_hidden_size / tensor
-    matrices = layer_parameters(arch, tensor) - 2 * arch.hidden_size
-    products = 2 * tokens * (matrices * (4 if full else 3) + mlp * ("mlp" in modules))
+    full, fp8 = parallel.recompute == "full", config.model.fp8 != "none"
+    twice = {name: 2 if full or (name.startswith("fc") and "mlp" in modules) else 1 for name in _matrices(arch, tensor)}
+    products = sum(
+        cluster.linear(tokens, inner, outer, twice[name], fp8)
+        for name, (inner, outer) in _matrices(arch, tensor).items()
+    )
     # Scores and values, 2 q operations a pair each.
-    attended = 4 * q * load.pairs / (tensor * context) * (4 if full or "core_attn" in modules else 3)
-    gated = _GATED * arch.ffn_hidden_size / tensor * tokens * (4 if full or "mlp" in modules else 3)
-    rest = between * _HIDDEN * arch.hidden_size + tokens * (_ROTATED * (q + k) + _JOINED * q) / tensor
-    passes = (gated + rest * (4 if full else 3)) * element / 2
+    attended = 4 * q * run.load.pairs / (tensor * context) * (4 if full or "core_attn" in modules else 3)
     return _Layer(
-        matmul=products / cluster.matmul_flops,
-        attention=attended / cluster.attention_flops,
-        memory_passes=passes / cluster.memory_bytes_per_second,
-        tensor_parallel=_tensor_time(arch, config, cluster, tokens),
-        context_parallel=_context_time(config, cluster, 2 * k * load.sequence_length * element / tensor),
+        matmul=products,
+        attention=cluster.attention(attended, run.load.segment_length, arch.head_dim, backends.attention),
+        memory_passes=_passes_time(run, full, "core_attn" in modules, "mlp" in modules),
+        tensor_parallel=_tensor_time(run),
+        context_parallel=_context_time(run, 2 * k * run.load.sequence_length * run.element / tensor),
     )
 
 
-def _tensor_time(arch: Architecture, config: Config, cluster: Cluster, tokens: float) -> float:
-    """Of one layer. Each of its two blocks gathers its input and scatters its output, forward and backward alike (or
-    sums, which is both); what the backward gathers of inputs and scatters of their gradients overlaps with products."""
-    parallel = config.parallel
+def _passes_time(run: _Run, full: bool, attention_again: bool, mlp_again: bool) -> float:
+    """Of one layer: what its parts read and write, in the backward and in each forward."""
+    arch, cluster, backends, tokens = run.arch, run.cluster, run.backends, run.tokens
+    tensor, (q, k) = run.config.parallel.tensor_model_parallel_size, widths(arch)
+    layers = LAYERS[backends.layers]
+
+    def seconds(part: str, elements: float, moved: Passes, again: bool) -> float:
+        both = moved.both + (moved.forward if full or again else 0.0)
+        measured = part if backends.layers == "torch" else "copy"
+        return cluster.passes(measured, elements, both * run.element / 2)
+
+    total = 2 * seconds("norm", run.between * arch.hidden_size, layers.block, False)
+    total += seconds("gated", tokens * arch.ffn_hidden_size / tensor, layers.gated, mlp_again)
+    total += sum(seconds("rotation", tokens * n / tensor, layers.rotation, attention_again) for n in (q, k))
+    total += seconds("copy", tokens * (q + 2 * k) / tensor, SPLIT, False)
+    if arch.qk_norm:
+        total += seconds("norm", tokens * (q + k) / tensor, layers.block, False)
+    # Where attention was measured, its segments were joined as well.
+    if not backends.packed_attention and cluster.calibration is None:
+        total += seconds("copy", tokens * q / tensor, JOINED, attention_again)
+    if run.config.model.fp8 != "none":
+        total += _quantisation_time(run)
+    return total
+
+
+def _quantisation_time(run: _Run) -> float:
+    """Of one layer's inputs, output gradients and weights into FP8."""
+    elements = 0.0
+    for inner, outer in _matrices(run.arch, run.config.parallel.tensor_model_parallel_size).values():
+        elements += run.tokens * (inner + outer) + inner * outer
+    return run.cluster.passes("copy", elements, QUANTISED)
+
+
+def _tensor_time(run: _Run) -> float:
+    """Of one layer. Each of its two blocks gathers its input and scatters its output, forward and backward alike, or
+    sums it; what the backward gathers of inputs and scatters of their gradients overlaps with products."""
+    parallel, cluster = run.config.parallel, run.cluster
     ranks = parallel.tensor_model_parallel_size
-    if ranks == 1:
-        return 0.0
-    once = tokens * arch.hidden_size * element_bytes(config) * (ranks - 1) / ranks / cluster.bus(ranks, 1) + LATENCY
-    forward, backward = 4 * once, 2 * once + (4 if parallel.sequence_parallel else 2) * once * (1 - OVERLAP)
+    size, exposed = run.tokens * run.arch.hidden_size * run.element, 1 - cluster.overlap
+    if parallel.sequence_parallel:
+        gather, scatter = (cluster.collective(kind, size, ranks, 1) for kind in ("all_gather", "reduce_scatter"))
+        forward, backward = 2 * (gather + scatter), 2 * gather + 2 * (gather + scatter) * exposed
+    else:
+        summed = cluster.collective("all_reduce", size, ranks, 1)
+        forward, backward = 2 * summed, 2 * summed * exposed
     if parallel.recompute == "full":
         return 2 * forward + backward
-    again = 2 * once if parallel.recompute == "selective" and "mlp" in parallel.recompute_modules else 0.0
+    again = forward / 2 if parallel.recompute == "selective" and "mlp" in parallel.recompute_modules else 0.0
     return forward + again + backward
 
 
-def _context_time(config: Config, cluster: Cluster, gathered: float) -> float:
+def _ends_time(run: _Run, stage: Stage) -> float:
+    """Of a microbatch: the embedding's parts summed over tensor-parallel ranks, and the head's input gathered."""
+    parallel, cluster = run.config.parallel, run.cluster
+    ranks, size = parallel.tensor_model_parallel_size, run.tokens * run.arch.hidden_size * run.element
+    if parallel.sequence_parallel:
+        once = cluster.collective("all_gather", size, ranks, 1) + cluster.collective("reduce_scatter", size, ranks, 1)
+    else:
+        once = cluster.collective("all_reduce", size, ranks, 1)
+    return (stage.is_first + stage.is_last) * once
+
+
+def _context_time(run: _Run, gathered: float) -> float:
     """Of one layer: keys and values of the pack are gathered in the forward, their gradients scattered."""
-    parallel = config.parallel
-    ranks = parallel.context_parallel_size
-    if ranks == 1:
-        return 0.0
-    bus = cluster.bus(ranks, parallel.tensor_model_parallel_size)
-    return (gathered * (ranks - 1) / ranks / bus + LATENCY) * (3 if parallel.recompute == "full" else 2)
+    parallel, cluster = run.config.parallel, run.cluster
+    ranks, stride = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    gather, scatter = (cluster.collective(kind, gathered, ranks, stride) for kind in ("all_gather", "reduce_scatter"))
+    return gather * (2 if parallel.recompute == "full" else 1) + scatter
 
 
-def _head_time(arch: Architecture, config: Config, cluster: Cluster, load: Load) -> float:
-    """Of one microbatch on the last stage."""
-    parallel = config.parallel
-    # ``auto`` takes the plain backend.
-    backend = "triton" if config.loss.backend == "triton" else "reference"
-    elements = load.rows / parallel.context_parallel_size * vocabulary_parameters(arch, config)
-    logits = elements / arch.hidden_size
-    products = 2 * elements * _HEAD_PRODUCTS[backend] / cluster.matmul_flops
-    return products + logits * _LOGIT_BYTES[backend] / cluster.memory_bytes_per_second
+def _head_time(run: _Run) -> float:
+    """Of one microbatch on the last stage: the final norm, the products of a chunk of rows after the other, and passes
+    over the logits."""
+    config, cluster, hidden = run.config, run.cluster, run.arch.hidden_size
+    backend = head_backend(config, cluster)
+    rows = run.load.rows / config.parallel.context_parallel_size
+    columns = vocabulary_parameters(run.arch, config) / hidden
+    chunk = min(rows, max(1.0, MOST_CHUNK_LOGITS / columns)) if backend == "reference" else rows
+    products = cluster.linear(max(chunk, 1.0), hidden, columns, _HEAD_FORWARDS[backend]) * rows / max(chunk, 1.0)
+    passes = cluster.passes("logits", chunk * columns, LOGIT_BYTES[backend]) * rows / max(chunk, 1.0)
+    norm = LAYERS[run.backends.layers].block.both * run.element / 2
+    return products + passes + cluster.passes("norm", run.between * hidden, norm)
 
 
-def _transfer_time(arch: Architecture, config: Config, cluster: Cluster, load: Load, replicas: int) -> float:
+def head_backend(config: Config, cluster: Cluster) -> str:
+    """Of the distillation head: ``auto`` takes the plain backend."""
+    return "triton" if config.loss.backend == "triton" and not cluster.is_cpu else "reference"
+
+
+def _transfer_time(run: _Run) -> float:
     """What stages wait for each other's tokens: each microbatch in and out, unless chunks overlap with it."""
-    parallel = config.parallel
+    parallel, cluster = run.config.parallel, run.cluster
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     if stages == 1:
         return 0.0
-    tokens = load.sequence_length / parallel.context_parallel_size
-    tokens /= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    stride = parallel.tensor_model_parallel_size * parallel.context_parallel_size * replicas
-    inside = (stages - 1) * stride < cluster.gpus_per_node
-    link = cluster.node_bytes_per_second if inside else cluster.network_bytes_per_second
-    once = tokens * arch.hidden_size * element_bytes(config) / link
-    exposed = 1.0 if chunks == 1 else chunks * (1 - OVERLAP)
-    return 2 * load.microbatches * exposed * once + 2 * (stages - 1) * once
+    stride = parallel.tensor_model_parallel_size * parallel.context_parallel_size * run.replicas
+    once = cluster.collective("transfer", run.between * run.arch.hidden_size * run.element, stages, stride)
+    exposed = 1.0 if chunks == 1 else chunks * (1 - cluster.overlap)
+    return 2 * run.load.microbatches * exposed * once + 2 * (stages - 1) * once
 
 
-def _replica_time(
-    arch: Architecture, config: Config, cluster: Cluster, stage: Stage, replicas: int, window: float
-) -> float:
+def _replica_time(run: _Run, stage: Stage, window: float) -> float:
     """Gradients summed, in float32, and parameters gathered, as far as one microbatch's computation leaves it open."""
-    parallel = config.parallel
-    ranks = replicas * parallel.context_parallel_size
-    if ranks == 1:
-        return 0.0
-    sharded = parallel.distributed_optimizer and config.optimizer.name == "adamw"
-    moved = 4 + element_bytes(config) if sharded else 2 * 4
-    bus = cluster.bus(ranks, parallel.tensor_model_parallel_size)
-    seconds = stage_parameters(arch, config, stage) * moved * (ranks - 1) / ranks / bus
+    parallel, cluster = run.config.parallel, run.cluster
+    ranks, stride = run.replicas * parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    parameters = stage_parameters(run.arch, run.config, stage)
+    if run.sharded:
+        seconds = cluster.collective("reduce_scatter", 4.0 * parameters, ranks, stride)
+        seconds += cluster.collective("all_gather", run.element * parameters, ranks, stride)
+    else:
+        seconds = cluster.collective("all_reduce", 4.0 * parameters, ranks, stride)
     overlaps = parallel.overlap_grad_reduce is not False
-    return max(seconds - window, seconds * (1 - OVERLAP)) if overlaps else seconds
+    return max(seconds - window, seconds * (1 - cluster.overlap)) if overlaps else seconds
 
 
-def _update_time(arch: Architecture, config: Config, cluster: Cluster, stage: Stage, replicas: int) -> float:
-    """Norm, clipping and update, bound by memory."""
-    parallel = config.parallel
-    parameters = stage_parameters(arch, config, stage)
-    sharded = parallel.distributed_optimizer and config.optimizer.name == "adamw"
-    own = parameters / (replicas * parallel.context_parallel_size if sharded else 1)
-    return (own * _UPDATED + parameters * _PER_GRADIENT) / cluster.memory_bytes_per_second
+def _update_time(run: _Run, stage: Stage) -> float:
+    """Norm, clipping and update of a rank's share, bound by memory; all gradients are zeroed, and parameters copied
+    where a sharded update is gathered from no one else."""
+    ranks = run.replicas * run.config.parallel.context_parallel_size
+    share = 1 / ranks if run.sharded else 1.0
+    cluster, moved = run.cluster, UPDATED[run.backends.fused_update][run.element]
+    seconds = 0.0
+    for count, size in _tensors(run, stage):
+        seconds += count * cluster.passes("update", size * share, moved)
+        seconds += count * cluster.passes("copy", size * (1 - share), 4.0)
+        if run.sharded and ranks == 1:
+            seconds += count * cluster.passes("copy", size, 2.0 * run.element)
+    return seconds
+
+
+def _tensors(run: _Run, stage: Stage) -> list[tuple[int, float]]:
+    """How many matrices of how many elements a rank of ``stage`` holds."""
+    tensor = run.config.parallel.tensor_model_parallel_size
+    layers = [(stage.layers, inner * outer) for inner, outer in _matrices(run.arch, tensor).values()]
+    ends = stage.is_first + (stage.is_last and not (run.arch.tied_embeddings and stage.is_first))
+    return [*layers, (ends, float(vocabulary_parameters(run.arch, run.config)))]
 
 
 def reference_flops(arch: Architecture, batch: Batch) -> float:

@@ -8,7 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from reflectron.tools.planner import hardware, memory, samples, speed
+from reflectron.tools.planner import hardware, memory, samples, speed, traffic
+from reflectron.tools.planner.backends import planned_backends
 from reflectron.tools.planner.search import Planner, Prediction
 
 # ReflectionCoder's 34B run: 25 hours on 16 A800 (arXiv 2405.17057).
@@ -109,19 +110,28 @@ def assumptions(planner: Planner, best: Prediction) -> list[str]:
     """All that the predictions rest on, one sentence each."""
     cluster, data, config = planner.cluster, planner.samples, planner.config
     share, gb = cluster.gpu.fractions, hardware.GB
+    backends = planned_backends(config, cluster)
     lines = [
         f"Rates: {cluster.source}.",
         f"{cluster.gpu.name}: {cluster.gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bfloat16, "
         f"{cluster.gpu.memory_bytes_per_second / gb:.0f} GB/s, NVLink "
         f"{cluster.gpu.nvlink_bytes_per_second / gb:.0f} GB/s a direction, network "
         f"{cluster.gpu.network_bytes_per_second / gb:.0f} GB/s a GPU.",
-        f"Fractions of the datasheet, where nothing is measured: products {share.matmul:.0%}, attention "
-        f"{share.attention:.0%}, memory {share.memory:.0%}, links {share.bus:.0%}.",
-        f"Used: products {cluster.matmul_flops / 1e12:.0f} and attention {cluster.attention_flops / 1e12:.0f} TFLOP/s, "
+        f"Fractions of the datasheet, where nothing is measured: products {share.matmul:.0%} (FP8 {share.fp8:.0%}), "
+        f"attention {cluster.attention_flops(backends.attention) / cluster.gpu.bf16_flops:.0%}, memory "
+        f"{share.memory:.0%}, links {share.bus:.0%}.",
+        f"Used: products {cluster.matmul_flops / 1e12:.0f}"
+        + (f", in FP8 {cluster.gpu.fp8_flops * share.fp8 / 1e12:.0f}," if config.model.fp8 != "none" else "")
+        + f" and attention {cluster.attention_flops(backends.attention) / 1e12:.0f} TFLOP/s, "
         f"memory {cluster.memory_bytes_per_second / gb:.0f}, inside a machine "
         f"{cluster.node_bytes_per_second / gb:.0f}, between machines {cluster.network_bytes_per_second / gb:.0f} GB/s.",
-        f"{cluster.gpus_per_node} GPUs a machine; {speed.OVERLAP:.0%} of communication hides behind what it may "
-        f"overlap with; {speed.LATENCY * 1e6:.0f} microseconds a collective; the host keeps ahead of the device.",
+        f"{cluster.gpus_per_node} GPUs a machine; {cluster.overlap:.0%} of communication hides behind what it may "
+        f"overlap with; {hardware.LATENCY * 1e6:.0f} microseconds a collective; the host launches an operator in "
+        f"{hardware.LAUNCH * 1e6:.0f} microseconds, {traffic.LAYERS[backends.layers].operators} a layer and "
+        "microbatch.",
+        f"Backends ({cluster.stack}): {', '.join(f'{part} {name}' for part, name in vars(backends).items())}; the "
+        f"{'Triton' if speed.head_backend(config, cluster) == 'triton' else 'plain'} head; products in "
+        + ("bfloat16." if config.model.fp8 == "none" else "FP8 but for attention and the head; FP8 weights are kept."),
         f"Lengths: {data.source}; an epoch lists {data.repeat.sum():,.0f}, "
         f"{(data.teacher * data.repeat).sum() / 1e6:.0f} million tokens without students.",
     ]
@@ -131,8 +141,6 @@ def assumptions(planner: Planner, best: Prediction) -> list[str]:
         *lines,
         f"{best.steps} steps of {config.batch.global_batch_size} samples; three typical steps stand for the mask "
         "schedule; packs are planned by the engine's own code.",
-        "The engine as it is: plain-torch norms, rotation and SwiGLU, unfused sums of gradients, torch's attention, "
-        f"the {'Triton' if config.loss.backend == 'triton' else 'plain'} head; bfloat16 (the engine has no FP8).",
         f"{memory.RESERVED_BYTES / memory.GIB:.0f} GiB for CUDA, NCCL and cuBLAS, {memory.FRAGMENTATION:.0%} of "
         "activations, head and transient tensors lost to fragmentation; a layout fills "
         f"{memory.FULLEST:.0%} of a GPU at most.",

@@ -1,0 +1,223 @@
+"""The engine's own parts, as ``reflectron bench calibrate`` runs them: each function here returns one to be timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from reflectron.engine.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, ParallelConfig
+from reflectron.engine.data.tokenization import TokenizedSample
+from reflectron.engine.data.views import SampleViews, make_views
+from reflectron.engine.model.families import parse_architecture
+
+if TYPE_CHECKING:
+    from reflectron.tools.bench.calibration_ranks import Clock
+
+_WIDTH = 1024
+Action = Callable[[], object]
+
+
+def made_up_views(lengths: Sequence[int], vocab_size: int) -> list[SampleViews]:
+    """Instruction and reflection samples in turn; a student sees the second half of its sample."""
+    random = np.random.default_rng(0)
+    return [_views(int(length), bool(i % 2), vocab_size, random) for i, length in enumerate(lengths)]
+
+
+def _views(length: int, reflection: bool, vocab_size: int, random: np.random.Generator) -> SampleViews:
+    final = length - length // 6
+    sample = TokenizedSample(
+        kind="reflection" if reflection else "generation",
+        input_ids=random.integers(0, vocab_size, length, dtype=np.int32),
+        supervised=np.arange(length) >= length // 8,
+        blocks=np.empty((0, 3), np.int32),
+        prefix_end=final if reflection else 0,
+        final_start=final if reflection else -1,
+    )
+    return make_views(sample, np.arange(length) >= length // 2 if reflection else None)
+
+
+def core_attention(
+    backend: str, device: torch.device, dtype: torch.dtype, length: int, segments: int, heads: int, width: int
+) -> Action:
+    """Forward and backward of a pack of equal segments, laid out by token afterwards."""
+    from reflectron.engine.data.microbatch import segments_of, to_device
+    from reflectron.engine.model.attention_kernels import AttentionShape, attention_kernel
+
+    shape = AttentionShape(
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        head_dim=width,
+        softmax_scale=width**-0.5,
+        whole_segments=True,
+    )
+    attend, tokens = attention_kernel(backend, shape), length * segments
+    packed = to_device(segments_of([length] * segments, [length] * segments, tokens), device)
+    q, k, v, gradient = (
+        torch.randn(tokens, heads, width, device=device, dtype=dtype, requires_grad=True) for _ in range(4)
+    )
+    joined = gradient.detach().reshape(tokens, -1)
+    return lambda: torch.autograd.grad(attend(q, k, v, packed).reshape(tokens, -1), (q, k, v), joined)
+
+
+def plain_parts(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[int], Action]]:
+    """By name, what makes passes over a number of elements: of ``traffic.PLAIN`` forward and backward, and others."""
+    from megatron.core.transformer import TransformerConfig
+
+    from reflectron.engine.model.norm import RMSNorm
+    from reflectron.engine.model.rope import rotate
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    config = TransformerConfig(num_layers=1, hidden_size=_WIDTH, num_attention_heads=8, params_dtype=dtype)
+
+    def norm(count: int) -> Action:
+        module, x = RMSNorm(config, _WIDTH).to(device), random(count // _WIDTH, 1, _WIDTH)
+        gradient = torch.randn_like(x)
+        return lambda: torch.autograd.grad(x + module(x), (x, module.weight), gradient)
+
+    def rotation(count: int) -> Action:
+        tokens, heads, width = count // _WIDTH, _WIDTH // 128, 128
+        x, tables = random(tokens, heads, width), torch.randn(2, tokens, 1, width, device=device, dtype=dtype)
+        gradient = torch.randn_like(x)
+        return lambda: torch.autograd.grad(rotate(x, *tables), x, gradient)
+
+    def gated(count: int) -> Action:
+        x, gradient = random(count // _WIDTH, 1, 2 * _WIDTH), torch.randn(count // _WIDTH, 1, _WIDTH, device=device)
+
+        def forward() -> torch.Tensor:
+            gate, value = torch.chunk(x, 2, dim=-1)
+            return torch.nn.functional.silu(gate) * (value + 0.0)
+
+        return lambda: torch.autograd.grad(forward(), x, gradient.to(dtype))
+
+    def copy(count: int) -> Action:
+        source = random(count).detach()
+        return source.clone
+
+    def summed(count: int) -> Action:
+        gradient, total = random(count).detach(), torch.zeros(count, device=device)
+        return lambda: total.add_(gradient)
+
+    return {"norm": norm, "rotation": rotation, "gated": gated, "copy": copy, "sum": summed}
+
+
+def update(device: torch.device, dtype: torch.dtype, count: int) -> Action:
+    """What a step does to float32 gradients and parameters after the backward, and to the gradients before it."""
+    parameter = torch.nn.Parameter(torch.randn(count, device=device))
+    parameter.grad = torch.randn(count, device=device)
+    model = torch.empty(count, device=device, dtype=dtype)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-5)
+
+    def run() -> None:
+        assert parameter.grad is not None
+        parameter.grad.mul_(1 / max(1.0, float(parameter.grad.norm())))
+        optimizer.step()
+        if dtype != torch.float32:
+            model.copy_(parameter.data)
+        parameter.grad.zero_()
+
+    return run
+
+
+def narrow_head(device: torch.device, dtype: torch.dtype, logits: int) -> Action:
+    """Forward and backward of the plain head, a third of its rows pairs, on hidden states of a width of 8."""
+    from reflectron.kernels.distill_head import PairRows, Rows, distillation_head
+
+    columns = min(2**14, logits // 12)
+    pairs = max(1, logits // columns // 6)
+    alone = max(1, logits // columns - 2 * pairs)
+
+    def labels(count: int) -> torch.Tensor:
+        return torch.randint(0, columns, (count,), device=device)
+
+    def hidden(count: int) -> torch.Tensor:
+        return torch.randn(count, 8, device=device, dtype=dtype, requires_grad=True)
+
+    weight, teacher, student, rows = hidden(columns), hidden(pairs), hidden(pairs), hidden(alone)
+    ones = torch.ones(max(pairs, alone), device=device)
+    one, paired = ones[:alone], ones[:pairs]
+
+    def run() -> None:
+        result = distillation_head(
+            weight,
+            PairRows(teacher, student, labels(pairs), labels(pairs), paired, paired, paired),
+            Rows(rows, labels(alone), one),
+            backend="reference",
+        )
+        torch.autograd.grad(result.loss, (weight, teacher, student, rows))
+
+    return run
+
+
+def host_seconds(clock: Clock) -> dict[str, float]:
+    """Of steps whose tensors are next to nothing: by step and microbatch, for each layer and beside them."""
+    layers, microbatches = (1, 5), (1, 5)
+    times = {size: _tiny_step(clock, *size) for size in itertools.product(layers, microbatches)}
+    a, b, c, d = (times[layer, micro] for layer in layers for micro in microbatches)
+    # time = step + step_layer L + microbatch M + microbatch_layer L M
+    both = (d - b - c + a) / ((layers[1] - layers[0]) * (microbatches[1] - microbatches[0]))
+    micro = (b - a) / (microbatches[1] - microbatches[0]) - both * layers[0]
+    layer = (c - a) / (layers[1] - layers[0]) - both * microbatches[0]
+    step = a - layer * layers[0] - micro * microbatches[0] - both * layers[0] * microbatches[0]
+    named = {"step": step, "step_layer": layer, "microbatch": micro, "microbatch_layer": both}
+    return {name: max(seconds, 0.0) for name, seconds in named.items()}
+
+
+def _tiny_step(clock: Clock, layers: int, microbatches: int) -> float:
+    """Seconds of a step without parallelism, on every rank alike."""
+    from megatron.core import parallel_state
+
+    from reflectron.engine.backends import PLAIN
+    from reflectron.engine.data.global_batch import assemble
+    from reflectron.engine.flops import decoder_shape, training_cost
+    from reflectron.engine.loss import PackLoss
+    from reflectron.engine.model.gpt import build_chunks, transformer_config
+    from reflectron.engine.model.parallelize import parallelize
+    from reflectron.engine.optimizer import build_optimizer
+    from reflectron.engine.parallel.process_groups import model_parallel_groups
+    from reflectron.engine.train_step import train_step
+
+    arch = dataclasses.replace(TINY, num_layers=layers)
+    config = Config(
+        model=ModelConfig(dtype="float32" if clock.device.type == "cpu" else "bfloat16"),
+        loss=LossConfig(backend="reference"),
+        data=DataConfig(max_length=64),
+        batch=BatchConfig(tokens_per_microbatch=64),
+        parallel=ParallelConfig(device=clock.device.type),  # type: ignore[arg-type]
+    )
+    groups = model_parallel_groups(config.parallel, clock.device, seed=1)
+    dtype = getattr(torch, config.model.dtype)
+    loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, False)
+    chunks = build_chunks(arch, transformer_config(arch, config.parallel, dtype, PLAIN), arch.vocab_size, loss, PLAIN)
+    for parameter in chunks[0].parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    wrapped = parallelize(chunks, config.parallel, shard_optimizer=False)
+    optimizer = build_optimizer(config.optimizer, wrapped, chunks, arch, groups, shard=False)
+    # One instruction and one reflection sample a microbatch.
+    views = made_up_views([24] * 2 * microbatches, arch.vocab_size)
+    cost = training_cost(decoder_shape(arch, config), "none")
+    ranks = groups.data.size()
+    batch = assemble(list(views) * ranks, config, cost, 0.5, groups.data.rank(), ranks)
+    assert len(batch.microbatches) == microbatches
+    seconds = clock.seconds(lambda: train_step(wrapped, optimizer, groups, batch, 1e-5), least=0.2)
+    parallel_state.destroy_model_parallel()
+    return seconds
+
+
+TINY = parse_architecture(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "vocab_size": 128,
+    }
+)
