@@ -21,6 +21,7 @@ from reflectron.engine.config import Config
 from reflectron.engine.model.attention_check import disagreement
 from reflectron.engine.model.attention_kernels import AttentionShape
 from reflectron.engine.model.families import Architecture
+from reflectron.engine.model.layer_check import LayerSizes, liger_disagreement, transformer_engine_disagreement
 from reflectron.engine.model.rope import softmax_scale
 
 
@@ -211,24 +212,40 @@ def _without_transformer_engine(use: Use) -> str | None:
 
 
 def _layers_transformer_engine(use: Use) -> str | None:
-    reason = _without_transformer_engine(use)
-    if reason or use.config.model.fp8 == "none":
-        return reason
+    return (
+        _without_transformer_engine(use)
+        or _impossible_in_fp8(use)
+        or transformer_engine_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
+    )
+
+
+def layer_sizes(use: Use) -> LayerSizes:
+    """Of a layer on a rank; of no model in particular where none is known."""
+    if use.arch is None:
+        return LayerSizes()
+    arch, ranks = use.arch, use.config.parallel.tensor_model_parallel_size
+    return LayerSizes(
+        hidden=arch.hidden_size,
+        ffn=arch.ffn_hidden_size // ranks,
+        heads=arch.num_attention_heads // ranks,
+        groups=arch.num_query_groups // ranks,
+        head_dim=arch.head_dim,
+        eps=arch.layernorm_epsilon,
+    )
+
+
+def _impossible_in_fp8(use: Use) -> str | None:
+    """Where FP8 is asked for: a device or a matrix of this rank that cannot do it."""
+    if use.config.model.fp8 == "none":
+        return None
     if torch.cuda.get_device_capability(use.device) < _FP8_CAPABILITY:
         return f"model.fp8 needs compute capability 8.9 or higher, not {_capability(use)}"
-    return _odd_size_for_fp8(use)
-
-
-def _odd_size_for_fp8(use: Use) -> str | None:
-    """A matrix of this rank whose sides FP8 cannot take."""
-    if use.arch is None:
-        return None
-    arch, ranks = use.arch, use.config.parallel.tensor_model_parallel_size
+    layer = layer_sizes(use)
     sizes = {
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_hidden_size // ranks,
-        "width of the query heads": arch.num_attention_heads * arch.head_dim // ranks,
-        "width of the key heads": arch.num_query_groups * arch.head_dim // ranks,
+        "hidden_size": layer.hidden,
+        "intermediate_size": layer.ffn,
+        "width of the query heads": layer.heads * layer.head_dim,
+        "width of the key heads": layer.groups * layer.head_dim,
     }
     for name, size in sizes.items():
         if size % _FP8_MULTIPLE:
@@ -245,7 +262,9 @@ def _layers_liger(use: Use) -> str | None:
         return "needs CUDA"
     if interpreted and use.config.model.dtype != "float32":
         return f"Triton's interpreter computes float32, not model.dtype {use.config.model.dtype}"
-    return without_package("liger-kernel", "liger_kernel.ops.swiglu", "pip install '.[fused]'", at_least=_LIGER)
+    return without_package(
+        "liger-kernel", "liger_kernel.ops.swiglu", "pip install '.[fused]'", at_least=_LIGER
+    ) or liger_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
 
 
 def _layers_torch(use: Use) -> str | None:

@@ -46,7 +46,8 @@ PACKAGES = (
     Package("matplotlib", "matplotlib", "plots"),
     Package("jupyter_client", "jupyter_client", "speaks to Python kernels; needed only to make data"),
     Package("ipykernel", "ipykernel", "Python kernels; needed only to make data"),
-    Package("transformer-engine", "transformer_engine.pytorch", "fused layers on GPU; without it megatron-core's own"),
+    Package("transformer-engine", "transformer_engine.pytorch", "fused layers and FP8 on GPU; without it Liger's"),
+    Package("liger-kernel", "liger_kernel.ops.swiglu", "fused norms, SwiGLU and rotation on GPU; without it torch's"),
     Package("flash-attn-3", "flash_attn_interface", "attention on packed sequences on Hopper; without it another"),
     Package(
         "flash-attn-4", "flash_attn.cute", "attention on packed sequences on Hopper, Blackwell; without it another"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ class TrainingState:
             loaded: tensors in place of their descriptions.
             updates: of the weights before this state.
         """
+        config = self.chunks[0].config
+        if config.fp8 and config.fp8_recipe == "delayed":
+            # Scales are pickled, and transformer-engine (2.20) loads them only from what is trusted: this is the run's
+            # own file, and was found as it was written.
+            os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
         for index, chunk in enumerate(self.chunks):
             missing, unexpected = chunk.load_state_dict(loaded["model"][_key(index)], strict=False)
             assert not unexpected, unexpected

@@ -11,6 +11,7 @@ T queries, S keys, h heads, g key-value heads, d width of a head.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,8 @@ def attention_kernel(backend: str, shape: AttentionShape) -> AttentionKernel:
     if backend == "transformer_engine":
         from transformer_engine.pytorch import DotProductAttention
 
+        # Its plain fallback keeps the scores of every segment, padded to the longest.
+        os.environ["NVTE_UNFUSED_ATTN"] = "0"
         return transformer_engine(DotProductAttention, shape)
     if backend == "flash_attention_4":
         from flash_attn.cute import flash_attn_varlen_func as flash_attention_4
@@ -166,9 +169,14 @@ def transformer_engine(module_class: Callable[..., Any], shape: AttentionShape) 
             qkv_format="thd",
             cu_seqlens_q=segments.cu_seqlens_q,
             cu_seqlens_kv=segments.cu_seqlens_k,
-            max_seqlen_q=segments.max_seqlen_q,
-            max_seqlen_kv=segments.max_seqlen_k,
+            # cuDNN makes a plan for each bound that it has not met before, and computes no more for a larger one.
+            max_seqlen_q=_power_of_two(segments.max_seqlen_q),
+            max_seqlen_kv=_power_of_two(segments.max_seqlen_k),
         )
         return attended.view(query.shape)
 
     return attend
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()

@@ -17,7 +17,6 @@ from liger_kernel.ops import rms_norm
 from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.rope import LigerRopeFunction
 from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from triton import knobs, language
 
@@ -37,21 +36,20 @@ class LigerRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and type as ``x``."""
-        return LigerRMSNormFunction.apply(x, self.weight, _scalar(self.eps), _scalar(0.0), "llama", True)
+        return rms_norm(x, self.weight, self.eps)
 
 
-class LigerSwiGLU:
-    """SiLU of the first half times the second, of what ``linear_fc1`` returns; keeps that and nothing else.
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x`` [..., H] over its root mean square, times ``weight`` [H]."""
+    return LigerRMSNormFunction.apply(x, weight, _scalar(eps), _scalar(0.0), "llama", True)
 
-    Not a ``torch.nn.Module``: megatron-core asks every module inside an MLP for its part of a checkpoint (0.16.1).
+
+def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """SiLU of the first half times the second: [T, 1, 2 F] -> [T, 1, F].
+
+    The halves are read where they lie, and so are their gradients written; keeps ``gate_and_up`` and nothing else.
     """
-
-    def __init__(self, config: TransformerConfig) -> None:
-        """As megatron-core builds the activation of an MLP."""
-
-    def __call__(self, gate_and_up: torch.Tensor) -> torch.Tensor:
-        """[T, 1, 2 F] -> [T, 1, F]; the halves are read where they lie, and so are their gradients written."""
-        return LigerFusedGateUpSiLUMulFunction.apply(gate_and_up.squeeze(1)).unsqueeze(1)
+    return LigerFusedGateUpSiLUMulFunction.apply(gate_and_up.squeeze(1)).unsqueeze(1)
 
 
 class LigerSelfAttention(SelfAttention):

@@ -6,6 +6,7 @@ names of the norms: transformer-engine holds each inside the linear layer behind
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,8 +41,8 @@ class LayerParts:
     """Second linear layer of attention and MLP."""
     self_attention: type = SelfAttention
     """What is around the core attention."""
-    activation: type | None = None
-    """SwiGLU; None for megatron-core's own."""
+    activation: Callable[..., Any] | None = None
+    """SwiGLU, a function or what builds one from the configuration; None for megatron-core's own."""
 
 
 def block_spec(config: TransformerConfig, backends: Backends, num_layers: int) -> TransformerBlockSubmodules:
@@ -55,13 +56,13 @@ def block_spec(config: TransformerConfig, backends: Backends, num_layers: int) -
 def layer_parts(backends: Backends) -> LayerParts:
     """The parts that ``backends`` names; each choice is imported only where it is made."""
     if backends.layers == "liger":
-        from reflectron.engine.model.liger import LigerRMSNorm, LigerSelfAttention, LigerSwiGLU
+        from reflectron.engine.model.liger import LigerRMSNorm, LigerSelfAttention, swiglu
 
         return LayerParts(
             norm=LigerRMSNorm,
             norm_before_linear=LigerRMSNorm,
             self_attention=LigerSelfAttention,
-            activation=LigerSwiGLU,
+            activation=swiglu,
         )
     if backends.layers == "transformer_engine":
         from megatron.core.extensions import transformer_engine as extension

@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from reflectron.engine.backends import choose_backends
 from reflectron.engine.checkpoint.checkpointer import Checkpointer, parallel_layout
 from reflectron.engine.checkpoint.distributed import PlannedSave, load
 from reflectron.engine.checkpoint.manifest import SkippedSteps
@@ -100,14 +101,15 @@ class Training:
     @staticmethod
     def build(config: Config, groups: ParallelGroups, with_weights: bool) -> Training:
         inputs = read_model_inputs(config)
-        chunks = load_model(config, inputs, groups, getattr(torch, config.model.dtype), with_weights=with_weights)
+        backends, dtype = choose_backends(config, inputs.arch, groups.device), getattr(torch, config.model.dtype)
+        chunks = load_model(config, inputs, groups, dtype, backends, with_weights)
         if not with_weights:
             # What happens to be in memory must not matter, not even in the rows that pad the vocabulary.
             for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
                 parameter.data.fill_(float("nan"))
         shard = shards_optimizer(config.optimizer, config.parallel.distributed_optimizer)
         wrapped = parallelize(chunks, config.parallel, shard)
-        optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, shard)
+        optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, shard, backends.adamw)
         state = TrainingState(chunks, optimizer, inputs.arch, groups)
         return Training(state, wrapped, optimizer, golden_batch(config, inputs, groups))
 

@@ -114,15 +114,17 @@ def compute(groups: ParallelGroups) -> dict[str, Any]:
     """Everything that the tests compare, by one model: logits and gradients first, then the run that changes it."""
     import torch
 
+    from reflectron.engine.backends import choose_backends
     from reflectron.engine.model.parallelize import parallelize
     from reflectron.engine.optimizer import build_optimizer
     from reflectron.engine.preparation import read_model_inputs
     from reflectron.engine.trainer import load_model
 
     samples, inputs = tokenized_samples(), read_model_inputs(CONFIG)
-    (model,) = load_model(CONFIG, inputs, groups, torch.float32)
+    backends = choose_backends(CONFIG, inputs.arch, groups.device)
+    (model,) = load_model(CONFIG, inputs, groups, torch.float32, backends)
     (wrapped,) = parallelize([model], CONFIG.parallel, shard_optimizer=True)
-    optimizer = build_optimizer(CONFIG.optimizer, [wrapped], [model], inputs.arch, groups, shard=True)
+    optimizer = build_optimizer(CONFIG.optimizer, [wrapped], [model], inputs.arch, groups, True, backends.adamw)
     return {
         "logits": compute_logits(model, samples),
         "accumulation": compute_accumulation(wrapped, optimizer, groups, samples),

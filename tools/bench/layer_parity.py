@@ -60,9 +60,10 @@ def layer_parity(
 
 def _rows(case: str, backend: str, device: torch.device, dtype: str) -> list[dict[str, Any]]:
     part, make_problem = LAYER_CASES[case]
+    asked: dict[str, Any] = {part: backend}
     config = Config(
         model=ModelConfig(dtype="float32" if dtype == "float32" else "bfloat16"),
-        backends=BackendsConfig(**{part: backend}),
+        backends=BackendsConfig(**asked),
     )
     row = {"part": part, "case": case, "backend": backend, "dtype": dtype}
     if reason := CANDIDATES[part][backend](Use(config, None, device)):
@@ -148,6 +149,8 @@ def _norm(dtype: torch.dtype, device: torch.device) -> LayerProblem:
 
 def _swiglu(dtype: torch.dtype, device: torch.device) -> LayerProblem:
     """[T, 1, 2 F] -> [T, 1, F]."""
+    from megatron.core.transformer.spec_utils import build_module
+
     from reflectron.engine.model.spec import layer_parts
 
     inputs = {"gate and up": _random(0, _TOKENS, 1, 2 * _HIDDEN, dtype=dtype, device=device)}
@@ -159,7 +162,8 @@ def _swiglu(dtype: torch.dtype, device: torch.device) -> LayerProblem:
 
     def solve(backend: str) -> Outcome:
         activation = layer_parts(Backends(layers=backend)).activation
-        return _with_gradients(define if activation is None else activation(_config(dtype)), inputs, gradient)
+        compute = define if activation is None else build_module(activation, config=_config(dtype))
+        return _with_gradients(compute, inputs, gradient)
 
     return LayerProblem(_with_gradients(define, _in_float64(inputs), gradient), solve)
 
