@@ -81,8 +81,11 @@ def predicted_facts(
     gpu = gpu_of(device)
     if gpu is None:
         return {}
-    cluster = make_cluster(gpu.name, devices, devices, calibration)
-    step = predict(config, arch, cluster, batch_of_views(views))
+    try:
+        cluster = make_cluster(gpu.name, devices, devices, calibration)
+        step = predict(config, arch, cluster, batch_of_views(views))
+    except ValueError as error:
+        return {"predicted_from": f"nothing: {error}"}
     return {
         "predicted_step_time_ms": step.step_seconds * 1e3,
         "predicted_memory_gib": gib(step.memory.total - step.memory.reserved),

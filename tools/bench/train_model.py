@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from reflectron.engine.backends import choose_backends
 from reflectron.engine.checkpoint.hf import load_weights
 from reflectron.engine.checkpoint.sources import TensorSource
-from reflectron.engine.config import Config, LossConfig
+from reflectron.engine.config import BackendsConfig, Config, LossConfig
 from reflectron.engine.data.global_batch import GlobalBatch
 from reflectron.engine.loss import PackLoss
 from reflectron.engine.model.families import Architecture, padded_vocab_size
@@ -52,7 +53,17 @@ class EngineModel:
         shard = shards_optimizer(config.optimizer, parallel.distributed_optimizer)
         self.wrapped = parallelize(self.chunks, parallel, shard)
         self.optimizer = build_optimizer(config.optimizer, self.wrapped, self.chunks, arch, groups, shard, chosen.adamw)
-        self.backends = chosen.names | ({} if config.model.fp8 == "none" else {"fp8": config.model.fp8})
+        self.chosen: dict[str, Any] = chosen.names
+
+    def backends(self, fused_head: bool) -> dict[str, str]:
+        """What computes the parts that there is a choice for."""
+        fp8 = {} if self.config.model.fp8 == "none" else {"fp8": self.config.model.fp8}
+        return self.chosen | {"head": self.head(fused_head)} | fp8
+
+    def settled(self, fused_head: bool) -> Config:
+        """The configuration with the names of all back ends, for the planner."""
+        loss = replace(self.config.loss, backend=self.head(fused_head))
+        return replace(self.config, backends=BackendsConfig(**self.chosen), loss=loss)
 
     def head(self, fused: bool) -> Backend:
         """Backend of the distillation head that ``fused`` stands for; a configured one always wins."""

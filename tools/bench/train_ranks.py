@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,13 +177,12 @@ class Shape:
         facts = work_facts(work) | {
             "note": variant.note,
             "build": list(build.overrides) if build else [],
-            "backends": engine.backends | {"head": engine.head(variant.fused_head)},
+            "backends": engine.backends(variant.fused_head),
         }
         if variant.layout == "packed":
             calibration = Path(self.plan.calibration) if self.plan.calibration else None
             place = (self.common["device"], dist.get_world_size(), calibration)
-            config = replace(engine.config, loss=replace(engine.config.loss, backend=engine.head(variant.fused_head)))
-            facts |= predicted_facts(config, self.arch, views, *place)
+            facts |= predicted_facts(engine.settled(variant.fused_head), self.arch, views, *place)
         shown = f"{name}[{build.name}]" if build else name
         return Candidate(shown, engine.step(batch, variant.fused_head), facts, others_bytes)
 

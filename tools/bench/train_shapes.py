@@ -19,7 +19,7 @@ SHAPES = ("codellama-7b", "codellama-34b", "deepseek-coder-33b")
 MODELS = Path(__file__).parents[2] / "examples" / "recipes" / "models"
 # Tags that the template ``reflection`` adds to the vocabulary.
 _TAGS = 7
-TINY = {
+TINY: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 32,
     "num_hidden_layers": 2,
