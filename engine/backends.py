@@ -11,10 +11,11 @@ import importlib
 import importlib.metadata
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 
 from reflectron.engine.config import Config
@@ -97,6 +98,37 @@ def choose_backends(config: Config, arch: Architecture | None, device: torch.dev
             reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over[part].items())
             raise ValueError(f"backends.{part} is {asked!r}, expected something that can do what is asked: {reasons}")
     return Backends(**chosen, passed_over=passed_over)
+
+
+def choose_on_every_rank(config: Config, arch: Architecture, device: torch.device) -> Backends:
+    """``choose_backends`` on every rank of a job, whose machines may differ.
+
+    Raises:
+        ValueError: as ``choose_backends``, and when ranks did not choose the same.
+    """
+    backends = choose_backends(config, arch, device)
+    everyones = [backends.names] * dist.get_world_size()
+    dist.all_gather_object(everyones, backends.names)
+    check_agreement(everyones)
+    return backends
+
+
+def check_agreement(everyones: Sequence[dict[str, str]]) -> None:
+    """Refuse choices that differ: ranks would hold their parameters in another order.
+
+    Args:
+        everyones: the choice of each rank for each part.
+
+    Raises:
+        ValueError: naming the first part and rank that differ from rank 0.
+    """
+    for rank, names in enumerate(everyones):
+        for part, name in names.items():
+            if name != everyones[0][part]:
+                raise ValueError(
+                    f"backends.{part} is {name!r} on rank {rank} and {everyones[0][part]!r} on rank 0, expected the "
+                    "same everywhere: name one that all machines have, or install what is missing"
+                )
 
 
 def without_cuda(use: Use) -> str | None:

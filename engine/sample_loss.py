@@ -9,7 +9,7 @@ import torch
 
 from reflectron.engine.checkpoint.hf_table import hf_pieces
 from reflectron.engine.config import LossConfig
-from reflectron.engine.data.microbatch import pack
+from reflectron.engine.data.microbatch import pack, to_device
 from reflectron.engine.data.views import SampleViews, row_weights
 from reflectron.engine.model.families import Architecture
 from reflectron.engine.model.gpt import PackedGPT
@@ -40,7 +40,7 @@ def sample_loss(model: PackedGPT, views: SampleViews) -> tuple[torch.Tensor, Sam
     """
     tokens = len(views.input_ids) + len(views.student_positions)
     (weights,) = row_weights([views], LossConfig())
-    microbatch = pack([views], [weights], tokens)
+    microbatch = to_device(pack([views], [weights], tokens), next(model.parameters()).device)
     terms = run_model(model, microbatch)
     loss, ce_teacher, ce_student, ce_generation, kl = terms.tolist()
     ce_rows = views.ce_teacher_rows + views.ce_student_rows

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from reflectron.engine.backends import PLAIN, Backends, choose_backends
+from reflectron.engine.backends import PLAIN, Backends, choose_on_every_rank
 from reflectron.engine.checkpoint.checkpointer import Checkpointer, parallel_layout
 from reflectron.engine.checkpoint.dist_source import open_weights
 from reflectron.engine.checkpoint.distributed import load
@@ -76,7 +76,7 @@ class Trainer:
         groups.progress.enter("building the model", slow=True)
         self.arch = inputs.model.arch
         self.identity = run_identity(config, inputs)
-        self.backends = choose_backends(config, self.arch, groups.device)
+        self.backends = choose_on_every_rank(config, self.arch, groups.device)
         self.resumed = self._find_resume_point()
         self.stopped = False
         self.skipped = self.resumed.manifest.skipped if self.resumed is not None else SkippedSteps()

@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
 def _validate(config: Config, inputs: RunInputs, groups: ParallelGroups, json_file: str | None) -> None:
     import torch
 
-    from reflectron.engine.backends import choose_backends
+    from reflectron.engine.backends import choose_on_every_rank
     from reflectron.engine.flops import decoder_shape, forward_cost
     from reflectron.engine.trainer import load_model
     from reflectron.engine.validation import validate
     from reflectron.tools.run_log import describe_terms
 
     assert inputs.validation is not None, "checked before the ranks started"
-    backends = choose_backends(config, inputs.model.arch, groups.device)
+    backends = choose_on_every_rank(config, inputs.model.arch, groups.device)
     chunks = load_model(config, inputs.model, groups, getattr(torch, config.model.dtype), backends)
     cost = forward_cost(decoder_shape(inputs.model.arch, config))
     terms = validate(chunks, inputs.validation, config, cost, groups)

@@ -5,19 +5,22 @@ No kernel for CUDA runs on the CPU. Their adapters do here, around ``varlen_kern
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from varlen_kernel import flash_attn_varlen_func, with_logsumexp
 
-from reflectron.engine.data.microbatch import Segments, segments_of
+from reflectron.engine.data.microbatch import Segments, segments_of, to_device
 from reflectron.engine.model.attention_check import AttentionProblem, attention_errors, attention_problem
 from reflectron.engine.model.attention_kernels import (
     AttentionKernel,
     AttentionShape,
+    attention_kernel,
     flash_varlen,
     sdpa,
     torch_varlen,
@@ -149,3 +152,52 @@ def test_padding_is_covered_in_short_segments() -> None:
     assert segments.cu_seqlens_k.tolist() == [0, 9, 309, 437, 565, 569]
     assert (segments.max_seqlen_q, segments.max_seqlen_k) == (300, 300)
     assert segments_of([5], [5], 70).max_seqlen_q == 65
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_torchs_own_kernel_takes_the_arguments(groups: int) -> None:
+    """Shapes alone, forward and backward; the arithmetic is CUDA's."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="needs torch 2.11 or newer")
+    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        pytest.skip("needs torch 2.11 or newer")
+    kernel = attention_kernel("torch_varlen", replace(SHAPE, num_query_groups=groups))
+    segments = to_device(segments_of(LENGTHS, CHUNKS, 70), torch.device("meta"))
+    query, key, value = (
+        torch.empty(tokens, heads, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for tokens, heads in ((70, 6), (sum(CHUNKS) + 8, groups), (sum(CHUNKS) + 8, groups))
+    )
+    output = kernel(query, key, value, segments)
+    assert output.shape == query.shape
+    output.backward(output)
+    for x in (query, key, value):
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "torch_varlen"])
+def test_no_layer_waits_for_the_device(backend: str) -> None:
+    """On the device "meta" nothing can be read back."""
+    if backend == "torch_varlen":
+        pytest.importorskip("torch.nn.attention.varlen", reason="needs torch 2.11 or newer")
+    from megatron.core.transformer import TransformerConfig
+
+    from reflectron.engine.model.attention import PackedCausalAttention, PackedRows
+    from reflectron.engine.model.rope import rotary_tables
+
+    meta, alone = torch.device("meta"), SimpleNamespace(size=lambda: 1)
+    config = TransformerConfig(num_layers=1, hidden_size=96, num_attention_heads=6, num_query_groups=2, kv_channels=16)
+    groups: Any = SimpleNamespace(tp=alone, cp=alone)
+    attention = PackedCausalAttention(config, 1, None, "self", 0.25, groups, backend)
+    positions = torch.empty(70, dtype=torch.int64, device=meta)
+    rows = PackedRows(
+        segments=to_device(segments_of(LENGTHS, LENGTHS, 70), meta),
+        position_ids=positions,
+        rotary=rotary_tables(positions, torch.empty(8, device=meta), torch.bfloat16),
+    )
+    query, key, value = (
+        torch.empty(70, 1, heads, 16, dtype=torch.bfloat16, device=meta, requires_grad=True) for heads in (6, 2, 2)
+    )
+    output = attention(query, key, value, None, packed_seq_params=rows)
+    assert output.shape == (70, 1, 96)
+    output.backward(output)
+    assert query.grad is not None

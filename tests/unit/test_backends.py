@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reflectron.engine import backends
-from reflectron.engine.backends import CANDIDATES, PLAIN, Use, choose_backends, without_package
+from reflectron.engine.backends import CANDIDATES, PLAIN, Use, check_agreement, choose_backends, without_package
 from reflectron.engine.config import BackendsConfig, Config, ModelConfig, ParallelConfig
 from reflectron.engine.model import attention_check
 from reflectron.engine.model.attention_check import disagreement
@@ -58,6 +58,16 @@ def test_what_is_asked_for_and_impossible_is_refused() -> None:
     with pytest.raises(ValueError, match="attention") as refusal:
         choose_backends(Config(backends=BackendsConfig(attention="torch_varlen")), None, CPU)
     assert str(refusal.value) == "backends.attention is 'torch_varlen', expected 'auto' or 'sdpa': needs CUDA"
+
+
+def test_ranks_that_chose_differently_are_named() -> None:
+    check_agreement([PLAIN.names, PLAIN.names])
+    with pytest.raises(ValueError, match="attention") as refusal:
+        check_agreement([PLAIN.names, PLAIN.names, PLAIN.names | {"attention": "torch_varlen"}])
+    assert str(refusal.value) == (
+        "backends.attention is 'torch_varlen' on rank 2 and 'sdpa' on rank 0, expected the same everywhere: name one "
+        "that all machines have, or install what is missing"
+    )
 
 
 def objections(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], use: Use) -> dict[str, str | None]:
