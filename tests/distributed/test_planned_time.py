@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 TOLERANCE = 0.15
@@ -38,6 +39,7 @@ STEPS = 5
 def test_seconds_of_a_step(ranks: int, tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < ranks:
         pytest.skip(f"{ranks} ranks need {ranks} cores")
+    wait_for_cores()
     names = [name for name, job in JOBS.items() if job[0] == ranks]
     errors: dict[str, float] = {}
     for attempt in range(3):
@@ -46,6 +48,16 @@ def test_seconds_of_a_step(ranks: int, tmp_path: Path) -> None:
             errors |= measure(wrong, ranks, tmp_path / str(attempt))
     assert all(abs(error) <= TOLERANCE for error in errors.values()), errors
     assert statistics.median(map(abs, errors.values())) <= TOLERANCE * 2 / 3, errors
+
+
+def wait_for_cores() -> None:
+    """Until other work leaves the cores alone: ranks that are stopped in turns wait for each other, which no rate of a
+    part can foresee."""
+    for _ in range(30):
+        busy = psutil.cpu_percent(interval=2.0)
+        if busy < 20:
+            return
+    pytest.skip(f"for a minute other work has kept the cores busy, at last {busy:.0f} %")
 
 
 def measure(names: list[str], ranks: int, folder: Path) -> dict[str, float]:

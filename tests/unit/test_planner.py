@@ -114,7 +114,8 @@ def calibration_file(path: Path, **changed: object) -> Path:
         rates = np.full([len(points) for points in axis], 1e12 if name.startswith("product") else 1e10)
         rates[-1] *= 10 if len(rates) > 1 else 1
         tables[name] = {"axes": axis, "rates": rates.tolist()}
-    content = {"device": "some GPU", "dtype": "bfloat16", "processes": 2, "memory_bytes": 1e9, "tables": tables}
+    content = {"device": "some GPU", "dtype": "bfloat16", "attention": "torch_varlen", "processes": 2}
+    content |= {"memory_bytes": 1e9, "tables": tables}
     path.write_text(json.dumps(content | {"host_seconds": dict.fromkeys(HOST, 1e-3)} | changed))
     return path
 
@@ -126,6 +127,8 @@ def test_rates_of_a_calibration_file(tmp_path: Path) -> None:
     assert cluster.product("weight", 100, 10, 10) == pytest.approx(2 * 10_000 / 10**12.5)
     assert cluster.product("input", 1e5, 1, 10) == pytest.approx(2 * 1e6 / 1e13)
     assert cluster.passes("norm", 1e6, 8) == pytest.approx(8e6 / 1e11)
+    assert cluster.attention(1e10, 100, 64, "torch_varlen") == pytest.approx(1)
+    assert cluster.attention(1e10, 100, 64, "sdpa") < 1e-3
     assert cluster.collective("all_reduce", 1e5, 2, 1) == pytest.approx(1e5 / 1e11)
     # Not measured: scattering, and what leaves the machine.
     datasheet = make_cluster("A800-80GB", 16)
@@ -154,7 +157,7 @@ def test_host_and_device(tmp_path: Path) -> None:
 
     def time(name: str, seconds: float) -> StepTime:
         host = dict.fromkeys(HOST, seconds)
-        file = calibration_file(tmp_path / "rates.json", processes=1, host_seconds=host)
+        file = calibration_file(tmp_path / "rates.json", processes=1, attention="sdpa", host_seconds=host)
         return predict(config, arch, make_cluster(name, 1, calibration=file, stack="plain"), load).time
 
     device = time("A800-80GB", 0.0)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from reflectron.engine.config import Config
 from reflectron.tools.planner.traffic import LAYERS, LOGIT_BYTES, SUMMED, UPDATED
 
 # Sides of products, tokens of a segment, elements of a pass, bytes of a collective.
@@ -82,20 +83,27 @@ class Clock:
 
 def measure(device: torch.device) -> dict[str, Any]:
     """All tables of ``planner.calibration``, and the host's seconds."""
+    from reflectron.engine.backends import choose_backends
     from reflectron.tools.bench.calibration_model import host_seconds
 
+    attention = choose_backends(Config(), None, device).attention
     clock, sizes = Clock(device), SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.random.fork_rng(devices=[]):
         tables = {
             **_products(clock, sizes, dtype),
-            "attention": _attention(clock, sizes["segments"], dtype),
+            "attention": _attention(clock, attention, sizes["segments"], dtype),
             **_passes(clock, sizes["elements"], dtype),
             "pass_logits": _logits(clock, sizes["logits"], dtype),
         }
         if dist.get_world_size() > 1:
             tables |= _collectives(clock, sizes["bytes"])
-    return {"dtype": str(dtype).removeprefix("torch."), "tables": tables, "host_seconds": host_seconds(clock)}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": attention,
+        "tables": tables,
+        "host_seconds": host_seconds(clock),
+    }
 
 
 def _table(axes: Sequence[Sequence[float]], rate: Callable[..., float]) -> dict[str, Any]:
@@ -142,13 +150,13 @@ def _before(axis: Sequence[int], size: int) -> int:
     return axis[max(axis.index(size) - 1, 0)]
 
 
-def _attention(clock: Clock, segments: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-    """Of a pack of equal segments, forward and backward, by the engine's plain attention; counts causal pairs alone."""
+def _attention(clock: Clock, backend: str, segments: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """Of a pack of equal segments, forward and backward, by what a run would take; counts causal pairs alone."""
     from reflectron.tools.bench.calibration_model import core_attention
 
     def rate(length: int, width: int) -> float:
         heads, count = 8, max(1, segments[-1] // length)
-        attend = core_attention("sdpa", clock.device, dtype, length, count, heads, width)
+        attend = core_attention(backend, clock.device, dtype, length, count, heads, width)
         return 3 * 4 * heads * width * count * length * (length + 1) / 2 / clock.seconds(attend)
 
     return _table((segments, _HEAD_DIMS), rate)

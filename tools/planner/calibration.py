@@ -54,6 +54,8 @@ class Calibration:
     source: str
     device: str
     dtype: str
+    attention: str
+    """Backend that the table of attention was measured with."""
     processes: int
     memory_bytes: float
     """Of a device."""
@@ -82,6 +84,7 @@ def read_calibration(path: Path) -> Calibration:
             source=f"measured on {content['device']}, {path}",
             device=str(content["device"]),
             dtype=str(content["dtype"]),
+            attention=str(content["attention"]),
             processes=int(content["processes"]),
             memory_bytes=float(content["memory_bytes"]),
             tables=tables,

@@ -202,7 +202,7 @@ class Cluster:
 
     def attention(self, operations: float, segment_length: float, head_dim: int, backend: str) -> float:
         """Seconds of the causal attention of segments, forward and backward."""
-        if self.calibration is not None and backend == "sdpa":
+        if self.calibration is not None and backend == self.calibration.attention:
             return operations / self.calibration.tables["attention"].at(segment_length, head_dim)
         return operations / self.attention_flops(backend)
 

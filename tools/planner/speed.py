@@ -262,7 +262,8 @@ def _passes_time(run: _Run, full: bool, attention_again: bool, mlp_again: bool) 
     if arch.qk_norm:
         total += seconds("norm", tokens * (q + k) / tensor, layers.block, False)
     # Where attention was measured, its segments were joined as well.
-    if not backends.packed_attention and cluster.calibration is None:
+    measured_attention = cluster.calibration is not None and cluster.calibration.attention == backends.attention
+    if not backends.packed_attention and not measured_attention:
         total += seconds("copy", tokens * q / tensor, JOINED, attention_again)
     if run.config.model.fp8 != "none":
         total += _quantisation_time(run)
