@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reflectron.engine.backends import choose_backends
+from reflectron.engine.backends import choose_on_every_rank
 from reflectron.engine.checkpoint.hf import load_weights
 from reflectron.engine.checkpoint.sources import TensorSource
 from reflectron.engine.config import BackendsConfig, Config, LossConfig
@@ -45,7 +45,7 @@ class EngineModel:
         )
         self.config, self.groups = config, groups
         self.loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, parallel.sequence_parallel)
-        chosen = choose_backends(config, arch, groups.device)
+        chosen = choose_on_every_rank(config, arch, groups.device)
         dtype = getattr(torch, config.model.dtype)
         transformer = transformer_config(arch, parallel, dtype, chosen, config.model.fp8)
         self.chunks = build_chunks(arch, transformer, vocab, self.loss, chosen)
