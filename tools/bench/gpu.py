@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from reflectron.engine.parallel.launch import die_with
 
 if TYPE_CHECKING:
     from reflectron.tools.bench.gpu_stages import Stage
@@ -85,6 +88,7 @@ def run_stage(stage: Stage, out: Path, device_type: str, limit_s: float) -> dict
     began = time.monotonic()
     # 10 seconds for what a stage does after its own deadline.
     words = stage.words(out, device_type, max(limit_s - 10, 1) / 60)
+    parent = os.getpid()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", *words],
@@ -92,6 +96,7 @@ def run_stage(stage: Stage, out: Path, device_type: str, limit_s: float) -> dict
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=lambda: die_with(parent),
         )
         code = _wait(process, limit_s)
     seconds = round(time.monotonic() - began, 1)
