@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from liger_kernel.ops import rms_norm
+from liger_kernel.ops import rms_norm as kernels_of_norm
 from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.rope import LigerRopeFunction
 from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
@@ -24,7 +24,7 @@ from reflectron.engine.model.norm import RMSNorm
 
 if knobs.runtime.interpret:
     # The kernel takes it from libdevice, a library for GPUs. Looked up in the call, when the interpreter has its own.
-    rms_norm.rsqrt = lambda x: language.math.rsqrt(x)
+    kernels_of_norm.rsqrt = lambda x: language.math.rsqrt(x)
 
 
 class LigerRMSNorm(RMSNorm):

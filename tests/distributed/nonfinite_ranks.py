@@ -36,7 +36,8 @@ def main(path: str, result: str) -> None:
         return gradient * torch.nan if wrong else gradient
 
     if torch.distributed.get_rank() == 1:
-        trainer.chunks[0].decoder.layers[1].mlp.linear_fc2.weight.register_hook(spoil)
+        # A norm's: a matrix product may add its gradient to the sum itself, past every hook.
+        trainer.chunks[0].decoder.layers[1].pre_mlp_layernorm.weight.register_hook(spoil)
     steps: list[dict[str, Any]] = []
     weights = [[p.detach().clone() for p in trainer.chunks[0].parameters()]]
     for row in trainer.steps(print):
