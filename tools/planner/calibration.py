@@ -81,7 +81,7 @@ def read_calibration(path: Path) -> Calibration:
         if missing or any(len(tables[name].axes) != len(axes) for name, axes in TABLES.items()):
             raise ValueError(f"tables are {', '.join(sorted(tables))}")
         return Calibration(
-            source=f"measured on {content['device']}, {path}",
+            source=f"measured on {content['device']} in {content['dtype']}, {path}",
             device=str(content["device"]),
             dtype=str(content["dtype"]),
             attention=str(content["attention"]),

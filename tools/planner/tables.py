@@ -8,8 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from reflectron.engine.config import Config
 from reflectron.tools.planner import hardware, memory, samples, speed, traffic
-from reflectron.tools.planner.backends import planned_backends
+from reflectron.tools.planner.backends import Backends, planned_backends
+from reflectron.tools.planner.hardware import Cluster
 from reflectron.tools.planner.search import Planner, Prediction
 
 # ReflectionCoder's 34B run: 25 hours on 16 A800 (arXiv 2405.17057).
@@ -106,13 +108,21 @@ def show_tokens(planner: Planner) -> None:
     )
 
 
-def assumptions(planner: Planner, best: Prediction) -> list[str]:
-    """All that the predictions rest on, one sentence each."""
-    cluster, data, config = planner.cluster, planner.samples, planner.config
+def _machine(cluster: Cluster, config: Config, backends: Backends) -> list[str]:
+    """Rates of the machines, and what hides behind what."""
     share, gb = cluster.gpu.fractions, hardware.GB
-    backends = planned_backends(config, cluster)
-    lines = [
-        f"Rates: {cluster.source}.",
+    if cluster.is_cpu:
+        return [
+            f"{cluster.gpus} processes on the CPU: products up to {cluster.matmul_flops / 1e9:.0f} "
+            f"GFLOP/s, memory {cluster.memory_bytes_per_second / gb:.1f} GB/s; nothing overlaps."
+        ]
+    host = (
+        f"the host launches an operator in {hardware.LAUNCH * 1e6:.0f} microseconds, "
+        f"{traffic.LAYERS[backends.layers].operators} a layer and microbatch."
+        if cluster.calibration is None
+        else "the host's time was measured."
+    )
+    return [
         f"{cluster.gpu.name}: {cluster.gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bfloat16, "
         f"{cluster.gpu.memory_bytes_per_second / gb:.0f} GB/s, NVLink "
         f"{cluster.gpu.nvlink_bytes_per_second / gb:.0f} GB/s a direction, network "
@@ -126,12 +136,24 @@ def assumptions(planner: Planner, best: Prediction) -> list[str]:
         f"memory {cluster.memory_bytes_per_second / gb:.0f}, inside a machine "
         f"{cluster.node_bytes_per_second / gb:.0f}, between machines {cluster.network_bytes_per_second / gb:.0f} GB/s.",
         f"{cluster.gpus_per_node} GPUs a machine; {cluster.overlap:.0%} of communication hides behind what it may "
-        f"overlap with; {hardware.LATENCY * 1e6:.0f} microseconds a collective; the host launches an operator in "
-        f"{hardware.LAUNCH * 1e6:.0f} microseconds, {traffic.LAYERS[backends.layers].operators} a layer and "
-        "microbatch.",
+        f"overlap with; {hardware.LATENCY * 1e6:.0f} microseconds a collective; {host}",
+    ]
+
+
+def assumptions(planner: Planner, best: Prediction) -> list[str]:
+    """All that the predictions rest on, one sentence each."""
+    cluster, data, config = planner.cluster, planner.samples, planner.config
+    backends = planned_backends(config, cluster)
+    lines = [
+        f"Rates: {cluster.source}.",
+        *_machine(cluster, config, backends),
         f"Backends ({cluster.stack}): {', '.join(f'{part} {name}' for part, name in vars(backends).items())}; the "
         f"{'Triton' if speed.head_backend(config, cluster) == 'triton' else 'plain'} head; products in "
-        + ("bfloat16." if config.model.fp8 == "none" else "FP8 but for attention and the head; FP8 weights are kept."),
+        + (
+            f"{config.model.dtype}."
+            if config.model.fp8 == "none"
+            else "FP8 but for attention and the head; FP8 weights are kept."
+        ),
         f"Lengths: {data.source}; an epoch lists {data.repeat.sum():,.0f}, "
         f"{(data.teacher * data.repeat).sum() / 1e6:.0f} million tokens without students.",
     ]
