@@ -125,6 +125,11 @@ def model_parallel_groups(
         distributed_timeout_minutes=int(timeout_minutes),
         create_gloo_process_groups=create_gloo_process_groups,
     )
+    # Without devices everything goes over gloo already.
+    hosts = dist.group.WORLD
+    if device.type == "cuda":
+        hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    assert hosts is not None, "this process has joined the job"
     # Sequence parallelism forks this generator around the embedding's dropout, also when its probability is 0.
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ParallelGroups(
@@ -134,7 +139,7 @@ def model_parallel_groups(
         data=parallel_state.get_data_parallel_group(),
         replicas=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
-        hosts=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)),
+        hosts=hosts,
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )
 
