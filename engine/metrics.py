@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from reflectron.engine.config import Config
+from reflectron.engine.parallel.process_groups import ParallelGroups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,8 @@ class StepMetrics:
     """Real tokens / padded tokens."""
     step_time_ms: float
     """Wall time of the step, waiting for data included."""
+    data_wait_ms: float
+    """Part of it that the main rank waited for its batch, which is prepared while the step before it runs."""
     tokens_per_second: float
     """Real tokens that entered the model / wall time."""
     peak_memory_gib: float
@@ -199,12 +202,12 @@ def _start_wandb(config: Config) -> Any:
     return wandb.init(project=config.train.wandb_project, dir=config.output_dir, config=dataclasses.asdict(config))
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(groups: ParallelGroups) -> float:
     """Largest memory use so far among all ranks, in GiB; every rank calls it."""
-    if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(device)
+    if groups.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(groups.device)
     else:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.tensor(used / 2**30, device=device)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    peak = torch.tensor(used / 2**30, device="cpu")
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.hosts)
     return peak.item()

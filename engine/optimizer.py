@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -94,15 +95,26 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
         group["lr"] = learning_rate
 
 
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """L2 norm of the whole gradient over all ranks; the gradient is then ready for ``update``."""
+def squared_gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Squared L2 norm of the whole gradient over all ranks, [1] float32 on the device; the gradient is then ready for
+    ``update``.
+
+    megatron-core's own (0.16.1) waits for the device: once, or without transformer-engine once for every parameter.
+    """
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    total = torch.zeros(1, device=torch.cuda.current_device())
+    for part in _parts(optimizer):
+        norms = torch._foreach_norm(part.get_main_grads_for_grad_norm())
+        square = torch.stack(norms).square().sum().reshape(1) if norms else torch.zeros_like(total)
+        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        total += square
+    return total
 
 
 def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip and update: with ``gradient_norm`` what ``MegatronOptimizer.step`` does, which leaves no say in between."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    """Clip and update: with ``squared_gradient_norm`` what ``MegatronOptimizer.step`` does, which leaves no say in
+    between."""
+    for part in _parts(optimizer):
         if parameters := part.get_parameters():
             clip_grad_by_total_norm_fp32(
                 parameters,
@@ -111,6 +123,10 @@ def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
                 part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
+
+
+def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _use_adamw(name: str) -> None:

@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward over the microbatches, reduction, clipping, update.
 
 The loss of a step is a weighted sum over rows whose weights the batch brings along, so nothing here divides by tokens,
-microbatches or replicas.
+microbatches or replicas. The host waits for the device once, in ``_outcome``, between backward and update.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reflectron.engine.data.global_batch import GlobalBatch
 from reflectron.engine.data.microbatch import Microbatch, to_device
 from reflectron.engine.loss import TERMS
 from reflectron.engine.model.attention import PackedRows
-from reflectron.engine.optimizer import gradient_norm, set_learning_rate, update
+from reflectron.engine.optimizer import set_learning_rate, squared_gradient_norm, update
 from reflectron.engine.parallel.process_groups import ParallelGroups
 
 
@@ -63,20 +63,23 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     sums = forward_backward(chunks, groups, batch)
-    terms = reduce_terms(sums, batch, groups)
-    grad_norm = gradient_norm(optimizer)
-    finite = _finite_everywhere(groups, terms.loss, grad_norm)
-    if finite:
+    result = _outcome(sums, squared_gradient_norm(optimizer), batch, groups)
+    if not result.skipped:
         set_learning_rate(optimizer, learning_rate)
-        update(optimizer, grad_norm)
-    return StepResult(terms=terms, grad_norm=grad_norm, skipped=not finite)
+        update(optimizer, result.grad_norm)
+    return result
 
 
-def _finite_everywhere(groups: ParallelGroups, *values: float) -> bool:
+def _outcome(sums: torch.Tensor, squared_norm: torch.Tensor, batch: GlobalBatch, groups: ParallelGroups) -> StepResult:
+    """Loss and gradient norm, read from the device together; whether the update is left out, alike on all ranks."""
     # Each replica may have measured the norm for itself; one must never update while another does not.
-    wrong = torch.tensor(not all(map(math.isfinite, values)), dtype=torch.int32, device=groups.device)
-    dist.all_reduce(wrong)
-    return not wrong.item()
+    not_finite = squared_norm.isfinite().logical_not().double()
+    summed = torch.cat((_sums_of_this_rank(sums, groups), not_finite))
+    dist.all_reduce(summed)
+    *totals, ranks_not_finite, square = torch.cat((summed, squared_norm.double())).tolist()
+    terms = _terms(totals, batch)
+    skipped = ranks_not_finite > 0 or not math.isfinite(terms.loss)
+    return StepResult(terms=terms, grad_norm=math.sqrt(square), skipped=skipped)
 
 
 def forward_backward(
@@ -145,13 +148,23 @@ def _take_loss(terms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[st
 
 def reduce_terms(sums: torch.Tensor, batch: GlobalBatch, groups: ParallelGroups) -> LossTerms:
     """Loss and mean terms of the global batch from every rank's weighted sums; the same on all ranks."""
+    mine = _sums_of_this_rank(sums, groups)
+    dist.all_reduce(mine)
+    return _terms(mine.tolist(), batch)
+
+
+def _sums_of_this_rank(sums: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
+    """What this rank adds to the terms of the global batch, [5] float64."""
     mine = sums.sum(dim=0).double()
     # All tensor-parallel ranks of a last stage hold the same sums, so one of them speaks; context-parallel ranks hold
     # those of their own rows.
     if not groups.is_last_stage or groups.tensor.rank() != 0:
         mine = torch.zeros_like(mine)
-    dist.all_reduce(mine)
-    total = dict(zip(TERMS, mine.tolist(), strict=True))
+    return mine
+
+
+def _terms(totals: Sequence[float], batch: GlobalBatch) -> LossTerms:
+    total = dict(zip(TERMS, totals, strict=True))
     weights = vars(batch.term_weights)
     means = {term: total[term] / weight if weight else None for term, weight in weights.items()}
     return LossTerms(loss=total["loss"], **means)

@@ -145,13 +145,14 @@ class Trainer:
             checkpointer.wait()
 
     def _train(self) -> Iterator[StepMetrics]:
-        batches = self.batches.from_step(self.first_step)
+        batches = self.batches.from_step(self.first_step, self.groups.device)
         for step in range(self.first_step, self.total_steps):
             started = time.perf_counter()
             # A first step compiles kernels and connects ranks.
             first = step == self.first_step
             self.groups.progress.enter("waiting for data", step + 1, slow=first)
             batch = next(batches)
+            waited = time.perf_counter() - started
             self.groups.progress.enter("training", slow=first)
             rate = learning_rate(step, self.total_steps, self.config.optimizer.learning_rate, self.config.lr_schedule)
             result = train_step(self.wrapped, self.optimizer, self.groups, batch, rate)
@@ -161,7 +162,7 @@ class Trainer:
                 self.findings = find_nonfinite(self.chunks, self.wrapped, self.groups, batch)
             self.skipped = _counted(self.skipped, result.skipped)
             seconds = time.perf_counter() - started
-            row = step_metrics(step, batch, result, rate, seconds, peak_memory_gib(self.groups.device))
+            row = step_metrics(step, batch, result, rate, seconds, waited, peak_memory_gib(self.groups))
             self.groups.progress.enter("recording the step")
             yield row
 
@@ -176,8 +177,8 @@ class Trainer:
 
     def _any_rank(self, *flags: bool) -> list[bool]:
         """Each flag, whether it is set on any rank."""
-        total = torch.tensor(flags, dtype=torch.int32, device=self.groups.device)
-        dist.all_reduce(total)
+        total = torch.tensor(flags, dtype=torch.int32, device="cpu")
+        dist.all_reduce(total, group=self.groups.hosts)
         return [bool(count) for count in total.tolist()]
 
     def _find_resume_point(self) -> ResumePoint | None:
@@ -270,7 +271,13 @@ def export_checkpoint(chunks: Sequence[PackedGPT], inputs: ModelInputs, groups: 
 
 
 def step_metrics(
-    step: int, batch: GlobalBatch, result: StepResult, rate: float, seconds: float, memory_gib: float
+    step: int,
+    batch: GlobalBatch,
+    result: StepResult,
+    rate: float,
+    seconds: float,
+    waited_seconds: float,
+    memory_gib: float,
 ) -> StepMetrics:
     """The row of a step, from 0-based ``step``, its data and its result."""
     return StepMetrics(
@@ -286,6 +293,7 @@ def step_metrics(
         tokens_saved=batch.tokens.saved,
         pack_fill=batch.fill,
         step_time_ms=seconds * 1e3,
+        data_wait_ms=waited_seconds * 1e3,
         tokens_per_second=batch.tokens.total / seconds,
         peak_memory_gib=memory_gib,
     )

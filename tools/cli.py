@@ -34,6 +34,8 @@ COMMANDS = {
     "data stats": "what a training set costs: lengths, student tokens, packs, tokens saved",
     "data visible-tags": "prepare a trained checkpoint for a server that hides special tokens",
     "bench head": "measure the distillation head against its peers: time, memory, errors",
+    "bench train": "measure training steps against the reference's way and without each of the engine's parts",
+    "bench gpu": "all that needs a GPU in nine minutes: correctness, speed, memory, as rows and a page",
     "bench checkpoint": "measure saving and loading of training checkpoints: time, stall, bytes",
     "bench corpus": "measure decontamination and deduplication of synthetic documents: time, memory",
     "bench data": "measure the making of reflection samples with a model that answers at once",

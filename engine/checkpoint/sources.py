@@ -118,8 +118,9 @@ class RandomSource:
     on the parallel layout.
     """
 
-    def __init__(self, seed: int, std: float) -> None:
-        self.seed, self.std = seed, std
+    def __init__(self, seed: int, std: float, device: torch.device | str = "cpu") -> None:
+        """``device``: where numbers are drawn; another kind of device draws others."""
+        self.seed, self.std, self.device = seed, std, device
 
     def read(self, name: str, shape: tuple[int, ...], dim: int | None, start: int, stop: int) -> torch.Tensor:
         """See ``TensorSource``."""
@@ -131,12 +132,12 @@ class RandomSource:
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
+            return torch.ones(shape, device=self.device)
         if name.endswith(".bias"):
-            return torch.zeros(shape)
+            return torch.zeros(shape, device=self.device)
         key = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-        return torch.empty(shape).normal_(0.0, self.std, generator=generator)
+        generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        return torch.empty(shape, device=self.device).normal_(0.0, self.std, generator=generator)
 
 
 class WithAddedTokens:

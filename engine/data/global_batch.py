@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from reflectron.engine.config import Config
 from reflectron.engine.data.context_split import share_of_pack
 from reflectron.engine.data.masking import mask_rate, visible_tokens
-from reflectron.engine.data.microbatch import Microbatch, pack
+from reflectron.engine.data.microbatch import Microbatch, pack, page_locked
 from reflectron.engine.data.packing import CostModel, microbatch_multiple, packing_sizes, plan_packs
 from reflectron.engine.data.sampler import SampleOrder, SampleRef, mask_generator
 from reflectron.engine.data.store import TokenStore
@@ -111,7 +112,19 @@ def assemble(
     Raises:
         ValueError: when a sample alone exceeds the budget of a microbatch.
     """
-    weights = row_weights(views, config.loss)
+    return lay_out(views, row_weights(views, config.loss), config, cost, rate, data_parallel_rank, data_parallel_size)
+
+
+def lay_out(
+    views: Sequence[SampleViews],
+    weights: Sequence[SampleWeights],
+    config: Config,
+    cost: CostModel,
+    rate: float,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> GlobalBatch:
+    """``assemble`` for samples that have been weighed."""
     budget, multiple = packing_sizes(config)
     plan = plan_packs(
         np.array([len(v.input_ids) for v in views]),
@@ -214,12 +227,26 @@ class GlobalBatches:
         files, store = self.config.data.train, self.store
         return [SampleId(files[store.file_index[ref.sample]].path, int(store.record_index[ref.sample])) for ref in refs]
 
-    def from_step(self, first: int) -> Iterator[GlobalBatch]:
-        """Batches from step ``first`` to the end, each prepared while the one before it is in use."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as executor:
-            following = executor.submit(self.batch, first)
+    def from_step(self, first: int, device: torch.device | None = None) -> Iterator[GlobalBatch]:
+        """Batches from step ``first`` to the end, each prepared while the one before it is in use.
+
+        For a CUDA ``device`` they lie in page-locked memory, so that the host need not wait while they are copied.
+        """
+        cuda = device is not None and device.type == "cuda"
+
+        def prepare(step: int) -> GlobalBatch:
+            batch = self.batch(step)
+            return replace(batch, microbatches=tuple(map(page_locked, batch.microbatches))) if cuda else batch
+
+        with ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="batches",
+            # A thread starts on the first device, where page-locking memory would take some of that one's.
+            initializer=(lambda: torch.cuda.set_device(device)) if cuda else None,
+        ) as executor:
+            following = executor.submit(prepare, first)
             for step in range(first, self.total_steps):
                 current = following.result()
                 if step + 1 < self.total_steps:
-                    following = executor.submit(self.batch, step + 1)
+                    following = executor.submit(prepare, step + 1)
                 yield current

@@ -9,7 +9,7 @@ each of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -133,14 +133,23 @@ Record = TypeVar("Record", bound=Microbatch | LossRows | Segments | RowExchange)
 
 
 def to_device(record: Record, device: torch.device) -> Record:
-    """A copy whose tensors, and those of the records in it, are on ``device``."""
+    """A copy whose tensors, and those of the records in it, are on ``device``; from page-locked memory the host does
+    not wait for it."""
+    return _converted(record, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def moved(value: Any) -> Any:
+
+def page_locked(record: Record) -> Record:
+    """A copy in memory that a CUDA device fetches from by itself; made on the thread that has the device set."""
+    return _converted(record, torch.Tensor.pin_memory)
+
+
+def _converted(record: Record, convert: Callable[[torch.Tensor], torch.Tensor]) -> Record:
+    def converted(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(device, non_blocking=True)
-        return to_device(value, device) if isinstance(value, LossRows | Segments | RowExchange) else value
+            return convert(value)
+        return _converted(value, convert) if isinstance(value, LossRows | Segments | RowExchange) else value
 
-    return replace(record, **{name: moved(value) for name, value in vars(record).items()})
+    return replace(record, **{name: converted(value) for name, value in vars(record).items()})
 
 
 def pack(views: Sequence[SampleViews], weights: Sequence[SampleWeights], sequence_length: int) -> Microbatch:

@@ -35,6 +35,8 @@ class ParallelGroups:
     """All ranks with the same parameters: over them gradients are summed and optimizer state is sharded."""
     pipeline: dist.ProcessGroup
     """Stages of one replica."""
+    hosts: dist.ProcessGroup
+    """All ranks, over gloo: for what hosts agree on without waiting for their devices."""
     is_last_stage: bool
     """This rank computes the loss."""
     progress: Progress = field(default_factory=Progress)
@@ -123,6 +125,11 @@ def model_parallel_groups(
         distributed_timeout_minutes=int(timeout_minutes),
         create_gloo_process_groups=create_gloo_process_groups,
     )
+    # Without devices everything goes over gloo already.
+    hosts = dist.group.WORLD
+    if device.type == "cuda":
+        hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    assert hosts is not None, "this process has joined the job"
     # Sequence parallelism forks this generator around the embedding's dropout, also when its probability is 0.
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ParallelGroups(
@@ -132,6 +139,7 @@ def model_parallel_groups(
         data=parallel_state.get_data_parallel_group(),
         replicas=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        hosts=hosts,
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )
 

@@ -22,7 +22,7 @@ from reflectron.engine.data.tokenizer import load_tokenizer
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 SAMPLES = str(GOLDEN_DIR / "samples.jsonl")
 STEPS = 8
-OF_THE_MACHINE = ("step_time_ms", "tokens_per_second", "peak_memory_gib")
+OF_THE_MACHINE = ("step_time_ms", "data_wait_ms", "tokens_per_second", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")

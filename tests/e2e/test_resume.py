@@ -27,7 +27,7 @@ from reflectron.tools.bench.tiny_run import write_tiny_run
 STEPS, SAVE_EVERY = 17, 3
 ONE = ["parallel.data_parallel_size=1"]
 TP2 = [*ONE, "parallel.tensor_model_parallel_size=2"]
-OF_THE_MACHINE = ("step_time_ms", "tokens_per_second", "peak_memory_gib")
+OF_THE_MACHINE = ("step_time_ms", "data_wait_ms", "tokens_per_second", "peak_memory_gib")
 REQUEUE = 85
 
 

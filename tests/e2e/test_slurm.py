@@ -17,7 +17,7 @@ from slurm_cluster import GPUS_PER_NODE, NODES, SlurmCluster, missing, running_c
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-OF_THE_MACHINE = ("step_time_ms", "tokens_per_second", "peak_memory_gib")
+OF_THE_MACHINE = ("step_time_ms", "data_wait_ms", "tokens_per_second", "peak_memory_gib")
 # The quickstart, smaller: two ranks share the model, one on each node.
 TRAINING = [
     "examples/quickstart/train.yaml",

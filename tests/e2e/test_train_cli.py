@@ -21,7 +21,7 @@ GOLDEN: dict[str, Any] = json.loads((GOLDEN_DIR / "golden.json").read_text(encod
 STEPS = 4
 TERMS = ["loss", "ce_teacher", "ce_student", "ce_generation", "kl"]
 TOKENS = ["tokens_teacher", "tokens_student", "tokens_generation", "tokens_saved"]
-SPEED = ["pack_fill", "step_time_ms", "tokens_per_second", "peak_memory_gib"]
+SPEED = ["pack_fill", "step_time_ms", "data_wait_ms", "tokens_per_second", "peak_memory_gib"]
 METRICS = ["step", *TERMS, "mask_rate", "learning_rate", "grad_norm", "skipped", *TOKENS, *SPEED]
 RUN: dict[str, Any] = {
     "model": {"path": str(GOLDEN_DIR / "llama_before"), "dtype": "float32"},

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,26 @@ def test_prefetching_changes_nothing(store: TokenStore, start: int) -> None:
             expected.tokens,
             expected.term_weights,
         )
+
+
+def test_batches_for_cuda_are_page_locked_by_the_thread_that_prepares_them(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's part is a stand-in: every tensor of every record goes through it, on a thread that has the device set."""
+    device, set_on, locked = torch.device("cuda", 1), [], []
+
+    def lock(tensor: torch.Tensor) -> torch.Tensor:
+        locked.append((tensor.clone(), threading.current_thread().name))
+        return locked[-1][0]
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: set_on.append((d, threading.current_thread().name)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    (batch,) = make_batches(store, make_config()).from_step(STEPS - 1, device)
+    expected = make_batches(store, make_config()).batch(STEPS - 1)
+    assert all(map(torch.equal, tensors_of(batch), tensors_of(expected)))
+    assert {id(tensor) for tensor in tensors_of(batch)} <= {id(tensor) for tensor, _ in locked}
+    assert set_on[0][0] == device
+    assert {name for _, name in locked} == {set_on[0][1]} != {threading.current_thread().name}
 
 
 def test_a_failure_while_prefetching_reaches_the_caller(store: TokenStore) -> None:

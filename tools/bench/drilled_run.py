@@ -29,7 +29,7 @@ from reflectron.tools import cli
 _LIMIT_S = 600.0
 _POLL_S = 0.001
 _GRACE_S = 5.0
-_OF_THE_MACHINE = ("step_time_ms", "tokens_per_second", "peak_memory_gib")
+_OF_THE_MACHINE = ("step_time_ms", "data_wait_ms", "tokens_per_second", "peak_memory_gib")
 
 
 class DrilledRun:

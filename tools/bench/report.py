@@ -29,7 +29,7 @@ statistics merged as in a group of one: no communication is in its time.
 
 def write_report(rows: list[Row], folder: Path | None) -> str:
     """The report as Markdown; with a folder, also ``head.md`` and ``head.png`` in it."""
-    text = "\n".join([_header(rows), METHOD, _goal_table(goals(rows)), _providers(rows), *_cases(rows)])
+    text = "\n".join([_header(rows), METHOD, goal_table(goals(rows)), _providers(rows), *_cases(rows)])
     if folder is not None:
         plotted = _plot(rows, folder / "head.png")
         picture = "\n![times and errors](head.png)\n" if plotted else ""
@@ -37,7 +37,8 @@ def write_report(rows: list[Row], folder: Path | None) -> str:
     return text
 
 
-def _table(header: list[str], lines: list[list[str]]) -> str:
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]) + "\n"
 
 
@@ -49,16 +50,17 @@ def _header(rows: list[Row]) -> str:
     return f"# Distillation head\n\n{row['device']}, CUDA {row['cuda']}; {versions}; commit {row['commit']}\n"
 
 
-def _goal_table(found: list[Goal]) -> str:
+def goal_table(found: list[Goal]) -> str:
+    """Which goals are met, and by which figure."""
     words = {True: "met", False: "not met", None: "not measured"}
-    return _table(["goal", "", "worst figure"], [[goal.text, words[goal.met], goal.figure] for goal in found])
+    return table(["goal", "", "worst figure"], [[goal.text, words[goal.met], goal.figure] for goal in found])
 
 
 def _providers(rows: list[Row]) -> str:
     """What each provider cannot do, and why one is missing altogether."""
     notes = {row["provider"]: row["note"] for row in rows if row["note"]}
     missing = {row["provider"]: row["reason"] for row in rows if "d" not in row}
-    return _table(["provider", "note"], [[name, note] for name, note in (notes | missing).items()])
+    return table(["provider", "note"], [[name, note] for name, note in (notes | missing).items()])
 
 
 def _cases(rows: list[Row]) -> list[str]:
@@ -77,7 +79,7 @@ def _cases(rows: list[Row]) -> list[str]:
         lines = [_line(cells, *key) for key in order]
         header = ["provider", "mode", "ms", f"/ {FLOOR}", f"/ {OURS}", "TFLOP/s", "extra MiB", *ERRORS.values(), ""]
         facts = [f"KL {kl} nats"] * bool(kl) + [f"SM clock {clock} MHz"] * bool(clock)
-        sections.append(f"## {case}\n\n{', '.join(facts)}\n\n{_table(header, lines)}")
+        sections.append(f"## {case}\n\n{', '.join(facts)}\n\n{table(header, lines)}")
     return sections
 
 
