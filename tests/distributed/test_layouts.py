@@ -229,7 +229,7 @@ def read_numbers(folder: Path) -> dict[str, Any]:
 def test_every_kind_and_layout_has_the_same_gradient(tmp_path: Path) -> None:
     layouts = Layouts(tmp_path)
     for kind, keys in KINDS.items():
-        if "num_attention_heads" not in keys:
+        if "num_hidden_layers" not in keys:
             layouts.add(kind, COMMON)
     layouts.add("llama", LLAMA)
     for kind in ("llama", "qwen2_tied"):
