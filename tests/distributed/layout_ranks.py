@@ -62,6 +62,7 @@ TOKENIZER = TokenizerConfig(path=str(GOLDEN / "tokenizer_before"))
 SAMPLES = (9, 18, 3, 21, 0, 12, 22, 15)
 
 Job = dict[str, Any]
+Work = Callable[[Job, ParallelGroups], None]
 
 
 def job_config(job: Job) -> Config:
@@ -187,26 +188,24 @@ def save_pieces(
         save_file(tensors, file)
 
 
-def rank_main(rank: int, world_size: int, jobs: list[Job], rendezvous: Path) -> None:
-    # Groups that outlive their layout keep threads that look for messages a hundred times a second.
-    for number, job in enumerate(jobs):
-        meeting = f"file://{rendezvous}_{number}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
-        run_job(job, model_parallel_groups(job_config(job).parallel, torch.device("cpu"), seed=1))
-        stop_process_groups()
+def rank_main(rank: int, work: Work, job: Job, rendezvous: Path) -> None:
+    meeting = f"file://{rendezvous}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=job["processes"])
+    work(job, model_parallel_groups(job_config(job).parallel, torch.device("cpu"), seed=1))
+    stop_process_groups()
 
 
-def main(plan: Path) -> None:
+def main(plan: Path, work: Work = run_job) -> None:
+    """Do ``work`` as every rank of each job, one job after the other."""
     jobs: list[Job] = json.loads(plan.read_text(encoding="utf-8"))
     for model in {job["model"] for job in jobs}:
         golden_views(model)
-    for world_size in sorted({job["processes"] for job in jobs}):
-        mine = [job for job in jobs if job["processes"] == world_size]
+    # Each job has ranks of its own. Models wrapped for data parallelism are never freed, nor then their groups, whose
+    # threads look for messages a hundred times a second: after fifty layouts they are all that the machine does.
+    for number, job in enumerate(jobs):
+        rendezvous = plan.with_name(f"rendezvous_{number}")
         torch.multiprocessing.start_processes(
-            rank_main,
-            (world_size, mine, plan.with_name(f"rendezvous_{world_size}")),
-            nprocs=world_size,
-            start_method="fork",
+            rank_main, (work, job, rendezvous), nprocs=job["processes"], start_method="fork"
         )
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layout_ranks import Job, global_batch, golden_views, job_config, model_inputs
+from layout_ranks import Job, global_batch, job_config, main, model_inputs
 
-from reflectron.engine.data.views import SampleViews
 from reflectron.engine.model.parallelize import parallelize
 from reflectron.engine.optimizer import build_optimizer, shards_optimizer
-from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups, stop_process_groups
+from reflectron.engine.parallel.process_groups import ParallelGroups
 from reflectron.engine.train_step import train_step
 from reflectron.engine.trainer import load_model
 from reflectron.tools.planner import memory
@@ -117,28 +116,5 @@ def optimizer_tensors(optimizer: object) -> list[torch.Tensor]:
     return tensors_of(dict(optimizer.optimizer.state))  # type: ignore[attr-defined]
 
 
-def rank_main(rank: int, world_size: int, jobs: list[Job], rendezvous: Path) -> None:
-    # Groups that outlive their layout keep threads that look for messages a hundred times a second.
-    for number, job in enumerate(jobs):
-        meeting = f"file://{rendezvous}_{number}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
-        run_job(job, model_parallel_groups(job_config(job).parallel, torch.device("cpu"), seed=1))
-        stop_process_groups()
-
-
-def main(plan: Path) -> None:
-    jobs: list[Job] = json.loads(plan.read_text(encoding="utf-8"))
-    views: list[list[SampleViews]] = [golden_views(model) for model in {job["model"] for job in jobs}]
-    assert views
-    for world_size in sorted({job["processes"] for job in jobs}):
-        mine = [job for job in jobs if job["processes"] == world_size]
-        torch.multiprocessing.start_processes(
-            rank_main,
-            (world_size, mine, plan.with_name(f"rendezvous_{world_size}")),
-            nprocs=world_size,
-            start_method="fork",
-        )
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), run_job)
