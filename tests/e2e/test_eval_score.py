@@ -30,6 +30,8 @@ WRONG = {
     "Mbpp/252": "class C(tuple): pass\nimport cmath\ndef convert(n): return C(cmath.polar(n))",
     "Mbpp/581": "def surface_Area(b, s): return 2 * b * s + b * b",
 }
+# Canonical solutions that evalplus 0.3.1 fails: the second one's expected answers take 780 MB.
+CANONICAL_FAILING = {"HumanEval/32", "Mbpp/255"}
 FAILING = {"humaneval": {"HumanEval/34", "HumanEval/53", "HumanEval/162"}, "mbpp": {"Mbpp/3", "Mbpp/124"}}
 
 
@@ -104,8 +106,12 @@ def test_verdicts_are_those_of_evalplus(dataset: str, tmp_path: Path, cache: Pat
     }
     assert {sample: passes.get(sample, (True, True)) for sample in expected} == expected
     canonical = {f["task_id"] for f in ours["failed"] if f["sample"] == 0}
-    assert canonical == ({"HumanEval/32"} if dataset == "humaneval" else set())
+    assert canonical == CANONICAL_FAILING & set(theirs)
     wrong = {f["task_id"] for f in ours["failed"] if f["sample"] == 1}
+    if WHOLE[dataset]:
+        # More inputs catch more.
+        assert wrong >= FAILING[dataset]
+        return
     assert wrong == FAILING[dataset], "what is equal to the expected answer without being of its type passes"
 
 
