@@ -19,11 +19,13 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from reflectron.engine.config import Config
+from reflectron.engine.errors import one_line
 from reflectron.engine.model.attention_check import disagreement
 from reflectron.engine.model.attention_kernels import AttentionShape
 from reflectron.engine.model.families import Architecture
 from reflectron.engine.model.layer_check import LayerSizes, liger_disagreement, transformer_engine_disagreement
 from reflectron.engine.model.rope import softmax_scale
+from reflectron.engine.parallel.machine import TRANSFORMER_ENGINE
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def choose_backends(config: Config, arch: Architecture | None, device: torch.dev
                 chosen[part] = name
                 break
             if asked == name:
-                able = [repr(other) for other, objects in candidates.items() if objects(use) is None]
-                raise ValueError(f"backends.{part} is {name!r}, expected 'auto' or {' or '.join(able)}: {reason}")
+                able = ["auto", *(other for other, objects in candidates.items() if objects(use) is None)]
+                raise ValueError(f"backends.{part} is {name!r}, expected {' or '.join(map(repr, able))}: {reason}")
             passed_over[part][name] = reason
         if part not in chosen:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over[part].items())
@@ -147,8 +149,7 @@ def without_package(distribution: str, module: str, install: str, at_least: str 
     try:
         importlib.import_module(module)
     except Exception as error:  # an extension built for another torch raises whatever it likes
-        first_line = (str(error).splitlines() or [""])[0]
-        return f"{distribution} cannot be imported: {type(error).__name__}: {first_line}"
+        return f"{distribution} cannot be imported: {one_line(error)}"
     return None
 
 
@@ -223,8 +224,6 @@ def _capability(use: Use) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability(use.device)))
 
 
-# The first whose FusedAdam keeps moments in bfloat16; its layers have not been tried with an older one either.
-_TRANSFORMER_ENGINE = "2.1"
 _APEX = "built from NVIDIA's source with --cpp_ext and --cuda_ext; PyPI's apex is another project"
 # The first whose SwiGLU reads gate and up out of one tensor.
 _LIGER = "0.8.5"
@@ -239,7 +238,7 @@ def _without_transformer_engine(use: Use) -> str | None:
         "transformer-engine",
         "transformer_engine.pytorch",
         "pip install 'transformer-engine[pytorch]'",
-        at_least=_TRANSFORMER_ENGINE,
+        at_least=TRANSFORMER_ENGINE,
     )
 
 

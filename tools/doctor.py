@@ -16,6 +16,8 @@ import subprocess
 import warnings
 from dataclasses import dataclass
 
+from reflectron.engine.errors import one_line
+
 
 @dataclass(frozen=True)
 class Package:
@@ -120,7 +122,7 @@ def examine(package: Package, accepted: str | None) -> tuple[str, str]:
             warnings.simplefilter("ignore")
             importlib.import_module(package.module)
     except Exception as error:  # whatever a broken extension raises is the finding
-        return version, f"broken: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return version, f"broken: {one_line(error)}"
     return version, "ok"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from reflectron.engine.data.microbatch import Segments, segments_of, to_device
+from reflectron.engine.errors import one_line
 from reflectron.engine.model.attention_kernels import AttentionKernel, AttentionShape, attention_kernel, sdpa
 
 # Segments of the check at the start: one token, a part of a tile, a tile and a bit; behind them padding.
@@ -112,7 +113,7 @@ def disagreement(backend: str, shape: AttentionShape, dtype: torch.dtype, device
     try:
         errors = attention_errors(attention_kernel(backend, shape), problem, dtype)
     except Exception as failure:  # whatever a kernel that does not know this machine raises
-        return f"fails: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+        return f"fails: {one_line(failure)}"
     for name, error in errors.items():
         if not error <= _MOST_OF_SDPA * plain[name]:
             what = "output" if name == "output" else f"gradient of the {name}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from reflectron.engine.errors import one_line
 from reflectron.engine.model.rope import cosines_and_sines, rotary_tables, rotate
 
 _TOKENS = 16
@@ -107,7 +108,7 @@ def _run(check: Callable[[], str | None]) -> str | None:
     try:
         return check()
     except Exception as failure:  # whatever a kernel that does not know this machine raises
-        return f"fails: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+        return f"fails: {one_line(failure)}"
 
 
 def _difference(

@@ -53,8 +53,7 @@ def rotary_tables(
     position_ids: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines ``[T, 1, D]`` of tokens at ``position_ids`` ``[T]``, rounded to ``dtype`` at the end."""
-    angles = torch.outer(position_ids.float(), inv_freq)
-    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    angles = rotary_angles(position_ids, inv_freq)[:, 0]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -65,7 +64,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rotary_angles(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """The same angles ``[T, 1, 1, D]`` float32, as transformer-engine's kernel takes them."""
+    """Angles ``[T, 1, 1, D]`` float32 of tokens at ``position_ids`` ``[T]``, as transformer-engine takes them."""
     angles = torch.outer(position_ids.float(), inv_freq)
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 

@@ -9,7 +9,7 @@ from packaging.version import Version
 from reflectron.engine.config import Config
 
 # The first whose FusedAdam keeps moments in bfloat16; megatron-core 0.16.1 asks for it when state is offloaded, too.
-_TRANSFORMER_ENGINE = Version("2.1")
+TRANSFORMER_ENGINE = "2.1"
 
 
 def check_machine(config: Config) -> None:
@@ -27,10 +27,10 @@ def check_machine(config: Config) -> None:
                 f"optimizer.{key} is {value!r}, expected the default: it needs CUDA, and ranks run on the CPU"
             )
         found = _transformer_engine()
-        if found is None or found < _TRANSFORMER_ENGINE:
+        if found is None or found < Version(TRANSFORMER_ENGINE):
             raise ValueError(
                 f"optimizer.{key} is {value!r}, expected the default: it needs transformer-engine "
-                f"{_TRANSFORMER_ENGINE} or newer, and {found or 'none'} is installed"
+                f"{TRANSFORMER_ENGINE} or newer, and {found or 'none'} is installed"
             )
 
 

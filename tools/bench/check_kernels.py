@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from reflectron.kernels.distill_head import PairRows, Rows, distillation_head
+from reflectron.tools.bench.parity import MOST_OF_PLAIN
 
-MOST_OF_PLAIN = 1.2
-# Beside it, in units of the type's rounding: sums in another order differ by that; on the CPU the plain backend rounds
-# the logits' gradient less than kernels do before its products.
+# Beside ``MOST_OF_PLAIN``, in units of the type's rounding: sums in another order differ by that; on the CPU the plain
+# backend rounds the logits' gradient less than kernels do before its products.
 _TINY = {"cuda": 0.1, "cpu": 0.25}
 # Of the loss and its terms, relative: the codes of a pair's logits have 16 bits.
 _MOST_OF_LOSS = 1e-4

@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 from reflectron.engine.backends import CANDIDATES, Backends, Use
 from reflectron.engine.config import BackendsConfig, Config, ModelConfig
 from reflectron.engine.parallel.cpu_backend import redirect_cuda_to_cpu
-from reflectron.tools.bench.parity import MOST_OF_PLAIN, PLAIN_ERROR, TINY
+from reflectron.tools.bench.parity import compared
 
 _TOKENS, _HIDDEN, _EPS = 37, 96, 1e-5
 
@@ -68,16 +68,9 @@ def _rows(case: str, backend: str, device: torch.device, dtype: str) -> list[dic
     row = {"part": part, "case": case, "backend": backend, "dtype": dtype}
     if reason := CANDIDATES[part][backend](Use(config, None, device)):
         return [row | {"reason": reason}]
-    problem, rounding = make_problem(getattr(torch, dtype), device), torch.finfo(getattr(torch, dtype)).eps
+    problem = make_problem(getattr(torch, dtype), device)
     plain, found = (_errors(problem.solve(name), problem.expected) for name in ("torch", backend))
-    if backend == "torch":
-        limits = dict.fromkeys(plain, PLAIN_ERROR[dtype] * rounding)
-    else:
-        limits = {name: MOST_OF_PLAIN * error + TINY * rounding for name, error in plain.items()}
-    return [
-        row | {"tensor": name, "error": error, "plain_error": plain[name], "passed": error <= limits[name]}
-        for name, error in found.items()
-    ]
+    return compared(row, found, plain, is_plain=backend == "torch")
 
 
 def _errors(found: Outcome, expected: Outcome) -> dict[str, float]:

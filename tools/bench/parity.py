@@ -77,11 +77,18 @@ def _attention_rows(case: str, backend: str, device: torch.device, dtype: str) -
     keys = _KEYS_OF_CHUNKS if chunks else _LENGTHS
     problem = attention_problem(shape, _LENGTHS, keys, _PADDING, torch_dtype, device)
     plain = attention_errors(sdpa(shape), problem, torch_dtype)
-    rounding = torch.finfo(torch_dtype).eps
-    if backend == "sdpa":
-        errors, limits = plain, dict.fromkeys(plain, PLAIN_ERROR[dtype] * rounding)
+    errors = plain if backend == "sdpa" else attention_errors(attention_kernel(backend, shape), problem, torch_dtype)
+    return compared(row, errors, plain, is_plain=backend == "sdpa")
+
+
+def compared(
+    row: dict[str, Any], errors: dict[str, float], plain: dict[str, float], is_plain: bool
+) -> list[dict[str, Any]]:
+    """``row`` once for each tensor, with its error, that of the plain back end, and whether it passes."""
+    rounding = torch.finfo(getattr(torch, row["dtype"])).eps
+    if is_plain:
+        limits = dict.fromkeys(plain, PLAIN_ERROR[row["dtype"]] * rounding)
     else:
-        errors = attention_errors(attention_kernel(backend, shape), problem, torch_dtype)
         limits = {name: MOST_OF_PLAIN * error + TINY * rounding for name, error in plain.items()}
     return [
         row | {"tensor": name, "error": error, "plain_error": plain[name], "passed": error <= limits[name]}
