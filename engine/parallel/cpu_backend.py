@@ -7,6 +7,7 @@ away when upstream passes its devices around.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,21 @@ _CUDA_TYPE_NAMES = {
     torch.float16: "torch.cuda.HalfTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
 }
+
+# mallopt's parameters (malloc.h), and its largest value: an int.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST = -1, -3, 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc give freed tensors to the next ones, as torch's allocator does on CUDA.
+
+    By default it hands blocks of 32 MiB and more back to the system, whose fresh pages cost more at their next first
+    touch than most operators: a step with a vocabulary of 32,000 takes a third longer. Other allocators are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(parameter, _MOST)
 
 
 def redirect_cuda_to_cpu() -> None:

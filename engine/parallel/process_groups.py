@@ -92,9 +92,10 @@ def start_process_groups(parallel: ParallelConfig, seed: int, timeout_minutes: f
     check_world_size(parallel, int(os.environ["WORLD_SIZE"]))
     silence_upstream_warnings(kind)
     if kind == "cpu":
-        from reflectron.engine.parallel.cpu_backend import redirect_cuda_to_cpu
+        from reflectron.engine.parallel.cpu_backend import keep_freed_memory, redirect_cuda_to_cpu
 
         redirect_cuda_to_cpu()
+        keep_freed_memory()
         device = torch.device("cpu")
     else:
         # megatron-core overlaps the communication of tensor parallelism with matrix products by the order of launches,

@@ -25,6 +25,7 @@ from reflectron.engine.data.views import SampleViews
 from reflectron.engine.flops import decoder_shape, training_cost
 from reflectron.engine.model.parallelize import parallelize
 from reflectron.engine.optimizer import build_optimizer, shards_optimizer
+from reflectron.engine.parallel.cpu_backend import keep_freed_memory
 from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups
 from reflectron.engine.preparation import read_model_inputs
 from reflectron.engine.train_step import train_step
@@ -83,6 +84,7 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
 
 def rank_main(rank: int, world_size: int, jobs: list[Job], rendezvous: Path) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     for job in jobs:
         groups = model_parallel_groups(job_config(job).parallel, torch.device("cpu"), seed=1)

@@ -222,9 +222,10 @@ def _collectives(clock: Clock, sizes: Sequence[int]) -> dict[str, Any]:
 def rank_main(rank: int, kind: str, processes: int, folder: str) -> None:
     """One process; the first writes what was measured into ``folder``."""
     if kind == "cpu":
-        from reflectron.engine.parallel.cpu_backend import redirect_cuda_to_cpu
+        from reflectron.engine.parallel.cpu_backend import keep_freed_memory, redirect_cuda_to_cpu
 
         redirect_cuda_to_cpu()
+        keep_freed_memory()
     device = torch.device(f"cuda:{rank}" if kind == "cuda" else "cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
