@@ -6,7 +6,7 @@ Both keep float32 copies of bfloat16 parameters, and measure and clip the norm o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -129,19 +129,24 @@ def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _use_adamw(name: str) -> None:
-    """Have megatron-core build this AdamW: on import it takes transformer-engine's, else Apex's, else torch's (0.16.1).
-
-    What it notes then by global names is written anew, in both modules that note it.
-    """
-    is_torch = name in ("torch", "torch_fused")
+def adamw_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The AdamW that ``Backends`` names so; ``torch_fused`` is ``torch`` with the option ``fused``."""
     if name == "transformer_engine":
         from transformer_engine.pytorch.optimizers import FusedAdam as Adam
     elif name == "apex":
         from apex.optimizers import FusedAdam as Adam
     else:
         from torch.optim import AdamW as Adam
-    megatron_optimizer.Adam = distrib_optimizer.Adam = Adam
+    return Adam
+
+
+def _use_adamw(name: str) -> None:
+    """Have megatron-core build this AdamW: on import it takes transformer-engine's, else Apex's, else torch's (0.16.1).
+
+    What it notes then by global names is written anew, in both modules that note it.
+    """
+    is_torch = name in ("torch", "torch_fused")
+    megatron_optimizer.Adam = distrib_optimizer.Adam = adamw_class(name)
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = is_torch
     distrib_optimizer.HAVE_APEX_OR_TE = not is_torch
     distrib_optimizer.USING_TE_OPTIMIZER = name == "transformer_engine"

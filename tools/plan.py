@@ -50,8 +50,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backends",
         choices=_STACKS,
-        default="pip",
-        help="what backends.* auto means: what pip installs, transformer-engine as well, or plain torch (default: pip)",
+        help="what backends.* auto means: what pip installs, transformer-engine as well, or plain torch (default: what "
+        "the calibration was measured with, else pip)",
     )
     parser.add_argument("--gpus", type=int, default=16, metavar="N", help="GPUs in all (default: 16)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default: 8)")
@@ -162,8 +162,8 @@ def _samples_of_files(config: Config) -> Samples:
 def _words(args: argparse.Namespace) -> list[str]:
     """The arguments that a recipe depends on."""
     words = [*args.words, "--gpu", args.gpu, "--gpus", str(args.gpus), "--gpus-per-node", str(args.gpus_per_node)]
-    words += ["--backends", args.backends, "--lengths", args.lengths]
-    for name in ("model", "network_gbit", "calibration"):
+    words += ["--lengths", args.lengths]
+    for name in ("backends", "model", "network_gbit", "calibration"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return words

@@ -19,6 +19,7 @@ from layout_ranks import TOKENIZER, Job
 
 from megatron.core import parallel_state  # isort: skip
 
+from reflectron.engine.backends import choose_on_every_rank
 from reflectron.engine.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, ParallelConfig
 from reflectron.engine.data.global_batch import assemble, share_of_batch
 from reflectron.engine.data.views import SampleViews
@@ -61,9 +62,10 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
     whole = assemble(views, config, cost, 0.5, groups.data.rank(), groups.data.size())
     batch = share_of_batch(whole, groups.context.rank(), groups.context.size())
     shard = shards_optimizer(config.optimizer, config.parallel.distributed_optimizer)
-    chunks = load_model(config, inputs, groups, torch.float32)
+    backends = choose_on_every_rank(config, inputs.arch, groups.device)
+    chunks = load_model(config, inputs, groups, torch.float32, backends)
     wrapped = parallelize(chunks, config.parallel, shard)
-    optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, shard)
+    optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, shard, backends.adamw)
     train_step(wrapped, optimizer, groups, batch, 1e-5)
     seconds: list[float] = []
     processor: list[float] = []

@@ -107,14 +107,16 @@ def test_rings_that_leave_a_machine_share_its_adapters() -> None:
 
 def calibration_file(path: Path, **changed: object) -> Path:
     """Of a machine whose products run at 1e12 and passes at 1e10 a second, tenfold at a hundred times the size."""
-    axes = {"product": [[10, 1000], [10], [10]], "attention": [[100], [64]], "pass": [[1e4, 1e6]], "all": [[1e3, 1e5]]}
+    products = [[10, 1000], [10], [10]]
+    axes = {"product": products, "head": products, "attention": [[100], [64]]}
+    axes |= {"pass": [[1e4, 1e6]], "all": [[1e3, 1e5]]}
     tables = {}
     for name in (*TABLES, "all_reduce"):
         axis = axes[name.partition("_")[0]]
-        rates = np.full([len(points) for points in axis], 1e12 if name.startswith("product") else 1e10)
+        rates = np.full([len(points) for points in axis], 1e12 if axis is products else 1e10)
         rates[-1] *= 10 if len(rates) > 1 else 1
         tables[name] = {"axes": axis, "rates": rates.tolist()}
-    content = {"device": "some GPU", "dtype": "bfloat16", "attention": "torch_varlen", "processes": 2}
+    content = {"device": "some GPU", "dtype": "bfloat16", "backends": vars(STACKS["pip"]), "processes": 2}
     content |= {"memory_bytes": 1e9, "tables": tables}
     path.write_text(json.dumps(content | {"host_seconds": dict.fromkeys(HOST, 1e-3)} | changed))
     return path
@@ -129,6 +131,8 @@ def test_rates_of_a_calibration_file(tmp_path: Path) -> None:
     assert cluster.passes("norm", 1e6, 8) == pytest.approx(8e6 / 1e11)
     assert cluster.attention(1e10, 100, 64, "torch_varlen") == pytest.approx(1)
     assert cluster.attention(1e10, 100, 64, "sdpa") < 1e-3
+    assert cluster.head("reference", 1000, 10, 10) == pytest.approx(6e5 / 1e13)
+    assert cluster.head("triton", 1000, 10, 10) is None
     assert cluster.collective("all_reduce", 1e5, 2, 1) == pytest.approx(1e5 / 1e11)
     # Not measured: scattering, and what leaves the machine.
     datasheet = make_cluster("A800-80GB", 16)
@@ -157,8 +161,9 @@ def test_host_and_device(tmp_path: Path) -> None:
 
     def time(name: str, seconds: float) -> StepTime:
         host = dict.fromkeys(HOST, seconds)
-        file = calibration_file(tmp_path / "rates.json", processes=1, attention="sdpa", host_seconds=host)
-        return predict(config, arch, make_cluster(name, 1, calibration=file, stack="plain"), load).time
+        plain = vars(STACKS["plain"])
+        file = calibration_file(tmp_path / "rates.json", processes=1, backends=plain, host_seconds=host)
+        return predict(config, arch, make_cluster(name, 1, calibration=file), load).time
 
     device = time("A800-80GB", 0.0)
     assert device.host == 0

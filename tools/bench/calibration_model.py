@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from reflectron.engine.data.views import SampleViews, make_views
 from reflectron.engine.model.families import parse_architecture
 
 if TYPE_CHECKING:
+    from reflectron.kernels.distill_head import Backend
     from reflectron.tools.bench.calibration_ranks import Clock
 
 _WIDTH = 1024
@@ -64,55 +65,95 @@ def core_attention(
     return lambda: torch.autograd.grad(attend(q, k, v, packed).reshape(tokens, -1), (q, k, v), joined)
 
 
-def plain_parts(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[int], Action]]:
-    """By name, what makes passes over a number of elements: of ``traffic.PLAIN`` forward and backward, and others."""
+def parts_of_layers(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[int], Action]]:
+    """By name, forward and backward over a number of elements of what ``backends.layers`` computes beside products.
+
+    Args:
+        backend: ``torch`` or ``liger``.
+        device: what computes.
+        dtype: of the elements.
+    """
     from megatron.core.transformer import TransformerConfig
 
-    from reflectron.engine.model.norm import RMSNorm
-    from reflectron.engine.model.rope import rotate
+    config = TransformerConfig(num_layers=1, hidden_size=_WIDTH, num_attention_heads=8, params_dtype=dtype)
+    norm_class, rotate, gate = (_liger_parts if backend == "liger" else _torch_parts)(device, dtype)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
-    config = TransformerConfig(num_layers=1, hidden_size=_WIDTH, num_attention_heads=8, params_dtype=dtype)
+    def backward_too(forward: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]) -> Action:
+        gradients = [torch.randn_like(output) for output in forward()]
+        return lambda: torch.autograd.grad(forward(), inputs, gradients)
 
     def norm(count: int) -> Action:
-        module, x = RMSNorm(config, _WIDTH).to(device), random(count // _WIDTH, 1, _WIDTH)
-        gradient = torch.randn_like(x)
-        return lambda: torch.autograd.grad(x + module(x), (x, module.weight), gradient)
+        module, x = norm_class(config, _WIDTH).to(device), random(count // _WIDTH, 1, _WIDTH)
+        return backward_too(lambda: [x + module(x)], [x, module.weight])
 
     def rotation(count: int) -> Action:
-        tokens, heads, width = count // _WIDTH, _WIDTH // 128, 128
-        x, tables = random(tokens, heads, width), torch.randn(2, tokens, 1, width, device=device, dtype=dtype)
-        gradient = torch.randn_like(x)
-        return lambda: torch.autograd.grad(rotate(x, *tables), x, gradient)
+        tokens, width = count // _WIDTH, 128
+        # Three query heads share a key head.
+        query, key = (random(tokens, 1, heads, width) for heads in (6, 2))
+        angles = torch.rand(tokens, width // 2, device=device)
+        return backward_too(lambda: rotate(query, key, angles), [query, key])
 
     def gated(count: int) -> Action:
-        x, gradient = random(count // _WIDTH, 1, 2 * _WIDTH), torch.randn(count // _WIDTH, 1, _WIDTH, device=device)
+        x = random(count // _WIDTH, 1, 2 * _WIDTH)
+        return backward_too(lambda: [gate(x)], [x])
 
-        def forward() -> torch.Tensor:
-            gate, value = torch.chunk(x, 2, dim=-1)
-            return torch.nn.functional.silu(gate) * (value + 0.0)
+    return {"norm": norm, "rotation": rotation, "gated": gated}
 
-        return lambda: torch.autograd.grad(forward(), x, gradient.to(dtype))
+
+def _torch_parts(device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], ...]:
+    from reflectron.engine.model.norm import RMSNorm
+    from reflectron.engine.model.rope import rotate
+
+    def rotate_both(query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor) -> list[torch.Tensor]:
+        whole = torch.cat((angles, angles), dim=-1)[:, None]
+        tables = whole.cos().to(dtype), whole.sin().to(dtype)
+        return [rotate(x.squeeze(1), *tables) for x in (query, key)]
+
+    def gate(x: torch.Tensor) -> torch.Tensor:
+        """As megatron-core's MLP, which adds an offset of 0 (0.16.1)."""
+        first, second = torch.chunk(x, 2, dim=-1)
+        return torch.nn.functional.silu(first) * (second + 0.0)
+
+    return RMSNorm, rotate_both, gate
+
+
+def _liger_parts(device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], ...]:
+    from reflectron.engine.model import liger
+
+    def rotate_both(query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return liger.rotate(query, key, torch.stack((angles.cos(), angles.sin())))
+
+    return liger.LigerRMSNorm, rotate_both, liger.swiglu
+
+
+def summed_or_copied(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[int], Action]]:
+    """By name: a tensor of a number of elements cloned, or added to a float32 sum."""
+
+    def random(count: int) -> torch.Tensor:
+        return torch.randn(count, device=device, dtype=dtype)
 
     def copy(count: int) -> Action:
-        source = random(count).detach()
-        return source.clone
+        return random(count).clone
 
     def summed(count: int) -> Action:
-        gradient, total = random(count).detach(), torch.zeros(count, device=device)
+        gradient, total = random(count), torch.zeros(count, device=device)
         return lambda: total.add_(gradient)
 
-    return {"norm": norm, "rotation": rotation, "gated": gated, "copy": copy, "sum": summed}
+    return {"copy": copy, "sum": summed}
 
 
-def update(device: torch.device, dtype: torch.dtype, count: int) -> Action:
+def update(adamw: str, device: torch.device, dtype: torch.dtype, count: int) -> Action:
     """What a step does to float32 gradients and parameters after the backward, and to the gradients before it."""
+    from reflectron.engine.optimizer import adamw_class
+
     parameter = torch.nn.Parameter(torch.randn(count, device=device))
     parameter.grad = torch.randn(count, device=device)
     model = torch.empty(count, device=device, dtype=dtype)
-    optimizer = torch.optim.AdamW([parameter], lr=1e-5)
+    options: dict[str, Any] = {"fused": True} if adamw == "torch_fused" else {}
+    optimizer = adamw_class(adamw)([parameter], lr=1e-5, **options)
 
     def run() -> None:
         assert parameter.grad is not None
@@ -125,32 +166,34 @@ def update(device: torch.device, dtype: torch.dtype, count: int) -> Action:
     return run
 
 
-def narrow_head(device: torch.device, dtype: torch.dtype, logits: int) -> Action:
-    """Forward and backward of the plain head, a third of its rows pairs, on hidden states of a width of 8."""
+def head(backend: Backend, device: torch.device, dtype: torch.dtype, rows: int, hidden: int, columns: int) -> Action:
+    """Forward and backward of the head on ``rows`` of width ``hidden``, a third of them of pairs, and ``columns``."""
     from reflectron.kernels.distill_head import PairRows, Rows, distillation_head
 
-    columns = min(2**14, logits // 12)
-    pairs = max(1, logits // columns // 6)
-    alone = max(1, logits // columns - 2 * pairs)
+    pairs = rows // 6
+    alone = rows - 2 * pairs
 
     def labels(count: int) -> torch.Tensor:
         return torch.randint(0, columns, (count,), device=device)
 
-    def hidden(count: int) -> torch.Tensor:
-        return torch.randn(count, 8, device=device, dtype=dtype, requires_grad=True)
+    def states(count: int) -> torch.Tensor:
+        return torch.randn(count, hidden, device=device, dtype=dtype, requires_grad=True)
 
-    weight, teacher, student, rows = hidden(columns), hidden(pairs), hidden(pairs), hidden(alone)
-    ones = torch.ones(max(pairs, alone), device=device)
+    weight, teacher, student, single = states(columns), states(pairs), states(pairs), states(alone)
+    # Logits of a model: the exponentials of larger ones underflow, which is slow on the CPU.
+    weight.data.mul_(hidden**-0.5)
+    total, ones = torch.zeros(columns, hidden, device=device), torch.ones(rows, device=device)
     one, paired = ones[:alone], ones[:pairs]
 
     def run() -> None:
         result = distillation_head(
             weight,
             PairRows(teacher, student, labels(pairs), labels(pairs), paired, paired, paired),
-            Rows(rows, labels(alone), one),
-            backend="reference",
+            Rows(single, labels(alone), one),
+            backend=backend,
+            main_grad=total,
         )
-        torch.autograd.grad(result.loss, (weight, teacher, student, rows))
+        torch.autograd.grad(result.loss, (weight, teacher, student, single))
 
     return run
 

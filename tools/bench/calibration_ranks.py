@@ -1,14 +1,16 @@
 """What one of the processes of ``reflectron bench calibrate`` measures: rates of the parts that a training step is of.
 
-All processes measure the same at the same time, because in a run they share memory, caches and links as well. Matrix
-products are measured as a linear layer and its backward lay them out, the passes over memory as the engine's plain
-modules make them, and the host by steps of a model so small that nothing else takes time.
+All processes measure the same at the same time, because in a run they share memory, caches and links as well. Each is
+made by the back ends that a run here would take: products as a linear layer and its backward lay them out, gradients
+added to their sums; passes over memory by the engine's own modules; the head and the update whole; the host by steps of
+a model so small that nothing else takes time.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +22,10 @@ import torch
 import torch.distributed as dist
 
 from reflectron.engine.config import Config
-from reflectron.tools.planner.traffic import LAYERS, LOGIT_BYTES, SUMMED, UPDATED
+from reflectron.kernels.distill_head import Backend
+from reflectron.kernels.products import add_product, as_factor
+from reflectron.tools.planner.backends import Backends
+from reflectron.tools.planner.traffic import LAYERS, SUMMED, UPDATED
 
 # Sides of products, tokens of a segment, elements of a pass, bytes of a collective.
 SIZES: dict[str, dict[str, Any]] = {
@@ -28,18 +33,26 @@ SIZES: dict[str, dict[str, Any]] = {
         "tokens": (512, 2048, 8192),
         "widths": (512, 2048, 8192, 32768),
         "most_operations": 2**42,
+        "cached": 2**28,
         "segments": (256, 1024, 4096),
         "elements": (2**20, 2**24, 2**28),
-        "logits": (2**22, 2**26),
+        "rows": (512, 8192),
+        "hidden": (2048, 8192),
+        "columns": (32768, 131072),
+        "most_head_operations": 2**46,
         "bytes": (2**14, 2**20, 2**24, 2**28),
     },
     "cpu": {
         "tokens": (32, 128, 512, 2048),
         "widths": (64, 256, 1024, 4096),
         "most_operations": 2**31,
+        "cached": 2**26,
         "segments": (64, 256, 1024),
         "elements": (2**14, 2**17, 2**20, 2**22, 2**23),
-        "logits": (2**16, 2**20, 2**22, 2**23, 2**24),
+        "rows": (32, 256, 1024),
+        "hidden": (64, 256, 1024),
+        "columns": (512, 4096, 32768),
+        "most_head_operations": 2**35,
         "bytes": (2**10, 2**16, 2**20, 2**24),
     },
 }
@@ -68,6 +81,10 @@ class Clock:
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         return float(longest)
 
+    def rate(self, amount: float, action: Callable[[], object]) -> float:
+        """``amount`` over the seconds of ``action``."""
+        return amount / self.seconds(action)
+
     def _finish(self, action: Callable[[], object]) -> float:
         self._wait()
         dist.barrier()
@@ -86,21 +103,22 @@ def measure(device: torch.device) -> dict[str, Any]:
     from reflectron.engine.backends import choose_backends
     from reflectron.tools.bench.calibration_model import host_seconds
 
-    attention = choose_backends(Config(), None, device).attention
+    chosen: dict[str, Any] = choose_backends(Config(), None, device).names
+    backends = Backends(**chosen)
     clock, sizes = Clock(device), SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.random.fork_rng(devices=[]):
         tables = {
-            **_products(clock, sizes, dtype),
-            "attention": _attention(clock, attention, sizes["segments"], dtype),
-            **_passes(clock, sizes["elements"], dtype),
-            "pass_logits": _logits(clock, sizes["logits"], dtype),
+            **_products(clock, sizes, dtype, backends.fused_gradient == "fused"),
+            "attention": _attention(clock, backends.attention, sizes["segments"], dtype),
+            **_passes(clock, backends, sizes["elements"], dtype),
+            **_heads(clock, sizes, dtype),
         }
         if dist.get_world_size() > 1:
             tables |= _collectives(clock, sizes["bytes"])
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "attention": attention,
+        "backends": vars(backends),
         "tables": tables,
         "host_seconds": host_seconds(clock),
     }
@@ -111,43 +129,67 @@ def _table(axes: Sequence[Sequence[float]], rate: Callable[..., float]) -> dict[
     return {"axes": [list(axis) for axis in axes], "rates": values.reshape([len(axis) for axis in axes]).tolist()}
 
 
-def _products(clock: Clock, sizes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """y = x W^T, and in the backward dx = dy W and dW = dy^T x; operations a second."""
-    axes = (sizes["tokens"], sizes["widths"], sizes["widths"])
-    names = ("product_forward", "product_input", "product_weight")
-    rates: dict[str, dict[tuple[int, ...], float]] = {name: {} for name in names}
-    for tokens, inner, outer in itertools.product(*axes):
-        operations = 2 * tokens * inner * outer
-        if operations > sizes["most_operations"]:
-            # A larger product is as fast as one of half the tokens, or of half the width.
-            smaller = next(
-                point
-                for point in (
-                    (_before(axes[0], tokens), inner, outer),
-                    (tokens, _before(axes[1], inner), outer),
-                    (tokens, inner, _before(axes[2], outer)),
-                )
-                if point in rates[names[0]]
-            )
-            for name in names:
-                rates[name][tokens, inner, outer] = rates[name][smaller]
+def _tables(
+    axes: Sequence[Sequence[int]], most: int, factor: int, rates: Callable[..., dict[str, float]]
+) -> dict[str, Any]:
+    """Tables by name over three sides of a product. One of more than ``most`` operations, ``factor`` times its sides,
+    is taken to be as fast as one whose longest side is shorter."""
+    found: dict[tuple[int, ...], dict[str, float]] = {}
+    for point in itertools.product(*axes):
+        if factor * math.prod(point) <= most:
+            found[point] = rates(*point)
             continue
-        for name, action in zip(names, _linear_layer(clock.device, dtype, tokens, inner, outer), strict=True):
-            rates[name][tokens, inner, outer] = operations / clock.seconds(action)
-    return {name: _table(axes, lambda *point, of=of: of[point]) for name, of in rates.items()}
+        longest = point.index(max(point))
+        shorter = axes[longest][axes[longest].index(point[longest]) - 1]
+        found[point] = found[(*point[:longest], shorter, *point[longest + 1 :])]
+    names = found[tuple(axis[0] for axis in axes)]
+    return {name: _table(axes, lambda *point, name=name: found[point][name]) for name in names}
+
+
+def _products(clock: Clock, sizes: dict[str, Any], dtype: torch.dtype, adds: bool) -> dict[str, Any]:
+    """y = x W^T, and in the backward dx = dy W and dW = dy^T x, summed in float32; operations a second."""
+    names = ("product_forward", "product_input", "product_weight")
+
+    def rates(tokens: int, inner: int, outer: int) -> dict[str, float]:
+        actions = _linear_layer(clock.device, dtype, sizes["cached"], (tokens, inner, outer), adds)
+        return {name: clock.rate(2 * tokens * inner * outer, act) for name, act in zip(names, actions, strict=True)}
+
+    return _tables((sizes["tokens"], sizes["widths"], sizes["widths"]), sizes["most_operations"], 2, rates)
 
 
 def _linear_layer(
-    device: torch.device, dtype: torch.dtype, tokens: int, inner: int, outer: int
-) -> tuple[Callable[[], object], ...]:
-    """Its forward, and the two products of its backward."""
-    shapes = ((tokens, inner), (outer, inner), (tokens, outer))
-    x, weight, dy = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
-    return lambda: x.matmul(weight.t()), lambda: dy.matmul(weight), lambda: dy.t().matmul(x)
+    device: torch.device, dtype: torch.dtype, cached: int, size: tuple[int, int, int], adds: bool
+) -> tuple[Callable[[], None], ...]:
+    """Its forward, and the two products of its backward.
 
+    Each call takes other weights, gradients and kept inputs: in a step they have left the caches since they were last
+    used. ``adds`` says whether the product itself adds to the gradients' float32 sums.
+    """
+    tokens, inner, outer = size
+    copies = max(1, min(64, cached // (inner * (outer + tokens) * dtype.itemsize)))
+    x, weight, dy = (
+        torch.randn(shape, device=device, dtype=dtype) for shape in ((tokens, inner), (outer, inner), (tokens, outer))
+    )
+    turns = itertools.cycle(
+        [(x.clone(), weight.clone(), torch.zeros_like(weight, dtype=torch.float32)) for _ in range(copies)]
+    )
 
-def _before(axis: Sequence[int], size: int) -> int:
-    return axis[max(axis.index(size) - 1, 0)]
+    def forward() -> None:
+        x, weight, _ = next(turns)
+        x.matmul(weight.t())
+
+    def gradient_of_input() -> None:
+        _, weight, _ = next(turns)
+        dy.matmul(weight)
+
+    def gradient_of_weight() -> None:
+        x, _, total = next(turns)
+        if adds:
+            add_product(total, as_factor(dy).t(), as_factor(x))
+        else:
+            total.add_(dy.t().matmul(x))
+
+    return forward, gradient_of_input, gradient_of_weight
 
 
 def _attention(clock: Clock, backend: str, segments: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
@@ -157,44 +199,53 @@ def _attention(clock: Clock, backend: str, segments: Sequence[int], dtype: torch
     def rate(length: int, width: int) -> float:
         heads, count = 8, max(1, segments[-1] // length)
         attend = core_attention(backend, clock.device, dtype, length, count, heads, width)
-        return 3 * 4 * heads * width * count * length * (length + 1) / 2 / clock.seconds(attend)
+        return clock.rate(3 * 4 * heads * width * count * length * (length + 1) / 2, attend)
 
     return _table((segments, _HEAD_DIMS), rate)
 
 
-def _passes(clock: Clock, elements: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+def _passes(clock: Clock, backends: Backends, elements: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     """Bytes a second of passes over memory, by what makes them; bytes as ``planner.traffic`` counts them."""
-    from reflectron.tools.bench.calibration_model import plain_parts, update
+    from reflectron.tools.bench.calibration_model import parts_of_layers, summed_or_copied, update
 
-    element, plain = dtype.itemsize, LAYERS["torch"]
+    element, layers = dtype.itemsize, LAYERS[backends.separate_layers]
     moved = {
-        "norm": plain.block.both * element / 2,
-        "rotation": plain.rotation.both * element / 2,
-        "gated": plain.gated.both * element / 2,
+        "norm": layers.block.both * element / 2,
+        "rotation": layers.rotation.both * element / 2,
+        "gated": layers.gated.both * element / 2,
         "copy": 2 * element,
         "sum": SUMMED["torch"][element],
-        "update": UPDATED["torch"][element],
+        "update": UPDATED[backends.fused_update][element],
     }
     makers: dict[str, Callable[[int], Callable[[], object]]] = {
-        **plain_parts(clock.device, dtype),
-        "update": lambda count: update(clock.device, dtype, count),
+        **parts_of_layers(backends.separate_layers, clock.device, dtype),
+        **summed_or_copied(clock.device, dtype),
+        "update": lambda count: update(backends.adamw, clock.device, dtype, count),
     }
     return {
         f"pass_{part}": _table(
-            [elements], lambda count, part=part: count * moved[part] / clock.seconds(makers[part](count))
+            [elements], lambda count, part=part: clock.rate(count * moved[part], makers[part](count))
         )
         for part in makers
     }
 
 
-def _logits(clock: Clock, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-    """Of the plain head on a hidden state so narrow that its products take no time."""
-    from reflectron.tools.bench.calibration_model import narrow_head
+def _heads(clock: Clock, sizes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Of the distillation head, forward and backward: operations a second of the three products of each logit."""
+    from reflectron.tools.bench.calibration_model import head
 
-    def rate(logits: int) -> float:
-        return logits * LOGIT_BYTES["reference"] / clock.seconds(narrow_head(clock.device, dtype, logits))
+    # Which of them a run takes is not known here.
+    backends: tuple[Backend, ...] = ("reference", "triton") if clock.device.type == "cuda" else ("reference",)
 
-    return _table([sizes], rate)
+    def rates(rows: int, hidden: int, columns: int) -> dict[str, float]:
+        return {
+            f"head_{backend}": clock.rate(
+                6 * rows * hidden * columns, head(backend, clock.device, dtype, rows, hidden, columns)
+            )
+            for backend in backends
+        }
+
+    return _tables((sizes["rows"], sizes["hidden"], sizes["columns"]), sizes["most_head_operations"], 6, rates)
 
 
 def _collectives(clock: Clock, sizes: Sequence[int]) -> dict[str, Any]:
@@ -214,7 +265,7 @@ def _collectives(clock: Clock, sizes: Sequence[int]) -> dict[str, Any]:
         return lambda: dist.send(whole, 1) if rank == 0 else dist.recv(whole, 0)
 
     return {
-        kind: _table([sizes], lambda size, kind=kind: size / clock.seconds(make(kind, size // 4 // ranks * ranks)))
+        kind: _table([sizes], lambda size, kind=kind: clock.rate(size, make(kind, size // 4 // ranks * ranks)))
         for kind in ("all_reduce", "all_gather", "reduce_scatter", "transfer")
     }
 

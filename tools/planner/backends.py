@@ -33,6 +33,11 @@ class Backends:
         return "fused" if own else "torch"
 
     @property
+    def separate_layers(self) -> str:
+        """Whose norm, rotation and SwiGLU a calibration measures: transformer-engine's norms are part of products."""
+        return "torch" if self.layers == "transformer_engine" else self.layers
+
+    @property
     def fused_update(self) -> str:
         """How AdamW's update runs: ``fused`` or by ``torch``'s passes."""
         return "torch" if self.adamw == "torch" else "fused"
@@ -58,7 +63,7 @@ def planned_backends(config: Config, cluster: Cluster) -> Backends:
         ValueError: for FP8 on GPUs without it, or without transformer-engine's layers, which alone have it.
     """
     named: dict[str, Any] = {part: name for part, name in vars(config.backends).items() if name != "auto"}
-    chosen = replace(STACKS[cluster.stack], **named)
+    chosen = replace(cluster.backends, **named)
     if config.model.fp8 != "none" and not cluster.gpu.fp8_flops:
         raise ValueError(f"model.fp8 is {config.model.fp8!r}, expected 'none': {cluster.gpu.name} has no FP8")
     if config.model.fp8 != "none" and chosen.layers != "transformer_engine":

@@ -15,13 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from reflectron.tools.planner.backends import Backends
+
 # Tables that every file has, and their axes.
 TABLES = {
     **{f"product_{kind}": ("tokens", "inner", "outer") for kind in ("forward", "input", "weight")},
     "attention": ("segment_length", "head_dim"),
-    **{f"pass_{part}": ("elements",) for part in ("copy", "norm", "rotation", "gated", "logits", "update", "sum")},
+    **{f"pass_{part}": ("elements",) for part in ("copy", "norm", "rotation", "gated", "update", "sum")},
+    "head_reference": ("rows", "hidden", "columns"),
 }
-# Tables of files made by more than one process.
+# Tables of files made by more than one process; those made on CUDA have ``head_triton`` as well.
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "transfer")
 # Seconds of the host by what they are spent for.
 HOST = ("step", "step_layer", "microbatch", "microbatch_layer")
@@ -54,8 +57,8 @@ class Calibration:
     source: str
     device: str
     dtype: str
-    attention: str
-    """Backend that the table of attention was measured with."""
+    backends: Backends
+    """That the tables were measured with: what a run there would take."""
     processes: int
     memory_bytes: float
     """Of a device."""
@@ -84,7 +87,7 @@ def read_calibration(path: Path) -> Calibration:
             source=f"measured on {content['device']} in {content['dtype']}, {path}",
             device=str(content["device"]),
             dtype=str(content["dtype"]),
-            attention=str(content["attention"]),
+            backends=Backends(**content["backends"]),
             processes=int(content["processes"]),
             memory_bytes=float(content["memory_bytes"]),
             tables=tables,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from reflectron.tools.planner.backends import STACKS
+from reflectron.tools.planner.backends import STACKS, Backends
 from reflectron.tools.planner.calibration import COLLECTIVES, Calibration, read_calibration
 from reflectron.tools.planner.traffic import LAYERS
 
@@ -143,10 +143,15 @@ class Cluster:
     gpus_per_node: int
     network_bytes_per_second: float
     """Of one GPU's adapter, as used."""
-    stack: str
-    """What is installed, a key of ``STACKS``."""
+    backends: Backends
+    """What ``auto`` comes to there."""
     calibration: Calibration | None = None
     """What was measured on such a machine."""
+
+    @property
+    def measured(self) -> Backends | None:
+        """What the calibration's tables were measured with."""
+        return None if self.calibration is None else self.calibration.backends
 
     @property
     def source(self) -> str:
@@ -202,7 +207,7 @@ class Cluster:
 
     def attention(self, operations: float, segment_length: float, head_dim: int, backend: str) -> float:
         """Seconds of the causal attention of segments, forward and backward."""
-        if self.calibration is not None and backend == self.calibration.attention:
+        if self.calibration is not None and backend == self.calibration.backends.attention:
             return operations / self.calibration.tables["attention"].at(segment_length, head_dim)
         return operations / self.attention_flops(backend)
 
@@ -211,6 +216,11 @@ class Cluster:
         new = backend in ("transformer_engine", "flash_attention_3", "flash_attention_4")
         share = self.gpu.fractions.new_attention if new else self.gpu.fractions.attention
         return self.gpu.bf16_flops * share
+
+    def head(self, backend: str, rows: float, hidden: float, columns: float) -> float | None:
+        """Seconds of the distillation head, forward and backward, where it was measured."""
+        table = self.calibration.tables.get(f"head_{backend}") if self.calibration is not None else None
+        return None if table is None else 6 * rows * hidden * columns / table.at(rows, hidden, columns)
 
     def passes(self, part: str, elements: float, bytes_per_element: float) -> float:
         """Seconds of passes over a tensor of ``elements``."""
@@ -261,9 +271,12 @@ class Cluster:
 
 
 def make_cluster(
-    name: str, gpus: int, gpus_per_node: int = 8, calibration: Path | None = None, stack: str = "pip"
+    name: str, gpus: int, gpus_per_node: int = 8, calibration: Path | None = None, stack: str | None = None
 ) -> Cluster:
     """GPUs of one kind, with measured rates where ``calibration`` has them; ``CPU`` for processes over gloo.
+
+    ``stack`` is what is installed, a key of ``STACKS``; without one it is what the calibration was measured with, or
+    else ``pip``.
 
     Raises:
         ValueError: for an unknown GPU, an impossible number, or a calibration that is none or of another machine.
@@ -273,7 +286,7 @@ def make_cluster(
         return _cpu_cluster(gpus, measured)
     if name not in GPUS:
         raise ValueError(f"--gpu is {name!r}, expected one of {', '.join(GPUS)} or CPU")
-    if stack not in STACKS:
+    if stack is not None and stack not in STACKS:
         raise ValueError(f"--backends is {stack!r}, expected one of {', '.join(STACKS)}")
     if gpus < 1 or gpus_per_node < 1 or (gpus > gpus_per_node and gpus % gpus_per_node):
         raise ValueError(f"--gpus is {gpus}, expected a positive number, whole machines of {gpus_per_node}")
@@ -283,7 +296,7 @@ def make_cluster(
         gpus=gpus,
         gpus_per_node=gpus_per_node,
         network_bytes_per_second=gpu.network_bytes_per_second * gpu.fractions.bus,
-        stack=stack,
+        backends=measured.backends if measured is not None and stack is None else STACKS[stack or "pip"],
         calibration=measured,
     )
 
@@ -312,6 +325,6 @@ def _cpu_cluster(processes: int, measured: Calibration | None) -> Cluster:
         gpus=processes,
         gpus_per_node=processes,
         network_bytes_per_second=link,
-        stack="plain",
+        backends=measured.backends,
         calibration=measured,
     )

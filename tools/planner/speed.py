@@ -214,6 +214,9 @@ def _accumulation_time(run: _Run, stage: Stage) -> float:
     """Of a microbatch: weight gradients into their sums; the head adds the output layer's itself, and the embedding's
     gradient is a whole matrix of mostly zeros."""
     cluster, moved = run.cluster, SUMMED[run.backends.fused_gradient][run.element]
+    if cluster.measured is not None:
+        # Measured products have summed their gradients already.
+        moved -= SUMMED[cluster.measured.fused_gradient][run.element]
     *layers, _ = _tensors(run, stage)
     seconds = sum(count * cluster.passes("sum", size, moved) for count, size in layers)
     if stage.is_first:
@@ -252,8 +255,7 @@ def _passes_time(run: _Run, full: bool, attention_again: bool, mlp_again: bool) 
 
     def seconds(part: str, elements: float, moved: Passes, again: bool) -> float:
         both = moved.both + (moved.forward if full or again else 0.0)
-        measured = part if backends.layers == "torch" else "copy"
-        return cluster.passes(measured, elements, both * run.element / 2)
+        return cluster.passes(_measured_part(run, part), elements, both * run.element / 2)
 
     total = 2 * seconds("norm", run.between * arch.hidden_size, layers.block, False)
     total += seconds("gated", tokens * arch.ffn_hidden_size / tensor, layers.gated, mlp_again)
@@ -262,12 +264,17 @@ def _passes_time(run: _Run, full: bool, attention_again: bool, mlp_again: bool) 
     if arch.qk_norm:
         total += seconds("norm", tokens * (q + k) / tensor, layers.block, False)
     # Where attention was measured, its segments were joined as well.
-    measured_attention = cluster.calibration is not None and cluster.calibration.attention == backends.attention
-    if not backends.packed_attention and not measured_attention:
+    if not backends.packed_attention and (cluster.measured is None or cluster.measured.attention != backends.attention):
         total += seconds("copy", tokens * q / tensor, JOINED, attention_again)
     if run.config.model.fp8 != "none":
         total += _quantisation_time(run)
     return total
+
+
+def _measured_part(run: _Run, part: str) -> str:
+    """Whose rate counts for ``part`` of a layer: its own, if it was measured with the layers that are planned for."""
+    measured = run.cluster.measured
+    return part if measured is not None and measured.separate_layers == run.backends.layers else "copy"
 
 
 def _quantisation_time(run: _Run) -> float:
@@ -316,17 +323,21 @@ def _context_time(run: _Run, gathered: float) -> float:
 
 
 def _head_time(run: _Run) -> float:
-    """Of one microbatch on the last stage: the final norm, the products of a chunk of rows after the other, and passes
-    over the logits."""
+    """Of one microbatch on the last stage: the final norm and the head, whole where it was measured, or else the
+    products of a chunk of rows after the other, and passes over the logits."""
     config, cluster, hidden = run.config, run.cluster, run.arch.hidden_size
     backend = head_backend(config, cluster)
     rows = run.load.rows / config.parallel.context_parallel_size
     columns = vocabulary_parameters(run.arch, config) / hidden
+    moved = LAYERS[run.backends.layers].block.both * run.element / 2
+    norm = cluster.passes(_measured_part(run, "norm"), run.between * hidden, moved)
+    measured = cluster.head(backend, rows, hidden, columns)
+    if measured is not None:
+        return norm + measured
     chunk = min(rows, max(1.0, MOST_CHUNK_LOGITS / columns)) if backend == "reference" else rows
     products = cluster.linear(max(chunk, 1.0), hidden, columns, _HEAD_FORWARDS[backend]) * rows / max(chunk, 1.0)
-    passes = cluster.passes("logits", chunk * columns, LOGIT_BYTES[backend]) * rows / max(chunk, 1.0)
-    norm = LAYERS[run.backends.layers].block.both * run.element / 2
-    return products + passes + cluster.passes("norm", run.between * hidden, norm)
+    passes = cluster.passes("copy", chunk * columns, LOGIT_BYTES[backend]) * rows / max(chunk, 1.0)
+    return norm + products + passes
 
 
 def head_backend(config: Config, cluster: Cluster) -> str:
@@ -361,17 +372,22 @@ def _replica_time(run: _Run, stage: Stage, window: float) -> float:
 
 
 def _update_time(run: _Run, stage: Stage) -> float:
-    """Norm, clipping and update of a rank's share, bound by memory; all gradients are zeroed, and parameters copied
-    where a sharded update is gathered from no one else."""
+    """Norm, clipping and update of a rank's share, bound by memory; all gradients are zeroed. Over gloo a reduction
+    among one rank copies gradients there and back, and a gathering copies parameters."""
     ranks = run.replicas * run.config.parallel.context_parallel_size
     share = 1 / ranks if run.sharded else 1.0
     cluster, moved = run.cluster, UPDATED[run.backends.fused_update][run.element]
+    part = (
+        "update"
+        if cluster.measured is not None and cluster.measured.fused_update == run.backends.fused_update
+        else "copy"
+    )
     seconds = 0.0
     for count, size in _tensors(run, stage):
-        seconds += count * cluster.passes("update", size * share, moved)
+        seconds += count * cluster.passes(part, size * share, moved)
         seconds += count * cluster.passes("copy", size * (1 - share), 4.0)
-        if run.sharded and ranks == 1:
-            seconds += count * cluster.passes("copy", size, 2.0 * run.element)
+        if run.sharded and ranks == 1 and cluster.is_cpu:
+            seconds += count * cluster.passes("copy", size, 2 * 2 * 4.0 + 2.0 * run.element)
     return seconds
 
 

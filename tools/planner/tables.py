@@ -147,7 +147,7 @@ def assumptions(planner: Planner, best: Prediction) -> list[str]:
     lines = [
         f"Rates: {cluster.source}.",
         *_machine(cluster, config, backends),
-        f"Backends ({cluster.stack}): {', '.join(f'{part} {name}' for part, name in vars(backends).items())}; the "
+        f"Backends: {', '.join(f'{part} {name}' for part, name in vars(backends).items())}; the "
         f"{'Triton' if speed.head_backend(config, cluster) == 'triton' else 'plain'} head; products in "
         + (
             f"{config.model.dtype}."
