@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from reflectron.tools.load_config import load_config
 from reflectron.tools.planner import memory
 from reflectron.tools.planner.backends import STACKS
 from reflectron.tools.planner.calibration import HOST, TABLES
-from reflectron.tools.planner.hardware import GPUS, make_cluster
+from reflectron.tools.planner.hardware import GPUS, OVERLAP, make_cluster
 from reflectron.tools.planner.predict import predict
 from reflectron.tools.planner.recipe import predicted_line, recipe_command, write_recipe
 from reflectron.tools.planner.samples import PHASES, Samples, assumed_samples, over_phases, typical_batch
@@ -133,12 +134,32 @@ def test_rates_of_a_calibration_file(tmp_path: Path) -> None:
     assert cluster.attention(1e10, 100, 64, "sdpa") < 1e-3
     assert cluster.head("reference", 1000, 10, 10) == pytest.approx(6e5 / 1e13)
     assert cluster.head("triton", 1000, 10, 10) is None
+    assert cluster.backends == STACKS["pip"]
+    assert cluster.exposed(1e5) == pytest.approx(1 - OVERLAP)
     assert cluster.collective("all_reduce", 1e5, 2, 1) == pytest.approx(1e5 / 1e11)
     # Not measured: scattering, and what leaves the machine.
     datasheet = make_cluster("A800-80GB", 16)
     for kind, ranks in (("reduce_scatter", 2), ("all_reduce", 16)):
         assert cluster.collective(kind, 1e5, ranks, 1) == datasheet.collective(kind, 1e5, ranks, 1)  # type: ignore[arg-type]
     assert "measured on some GPU" in cluster.source
+
+
+def test_what_was_not_measured_moves_its_bytes(tmp_path: Path) -> None:
+    """Planned with other back ends than those of the calibration: their bytes, at the rate of a copy or a sum."""
+    load = Load(
+        microbatches=2, sequence_length=128, pairs=8192, segment_length=128, rows=64, tokens=256, useful_flops=1.0
+    )
+    cluster = make_cluster("A800-80GB", 2, calibration=calibration_file(tmp_path / "rates.json"))
+
+    def time(**named: Any) -> StepTime:
+        config = Config(backends=BackendsConfig(**named))
+        return predict(config, architecture("codellama-7b"), cluster, load).time
+
+    measured = time()
+    assert time(layers="torch").memory_passes > measured.memory_passes
+    assert time(weight_gradient="torch").memory_passes > measured.memory_passes
+    assert time(adamw="torch").optimizer > measured.optimizer
+    assert time(attention="sdpa").attention < measured.attention / 100
 
 
 def test_what_cannot_be_a_cluster(tmp_path: Path) -> None:
@@ -168,7 +189,7 @@ def test_host_and_device(tmp_path: Path) -> None:
     device = time("A800-80GB", 0.0)
     assert device.host == 0
     ones = (1 + 32) * 2 + 1 + 32
-    assert time("CPU", 0.5).total == pytest.approx(device.total + 0.5 * ones)
+    assert time("CPU", 0.5).total == pytest.approx(time("CPU", 0.0).total + 0.5 * ones)
     assert time("A800-80GB", 1e-9).host == pytest.approx(1e-9 * (1 + 32))
     slow = time("A800-80GB", 10.0)
     # Of a step, only the update's host time adds to the device's.

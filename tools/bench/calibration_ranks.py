@@ -25,6 +25,7 @@ from reflectron.engine.config import Config
 from reflectron.kernels.distill_head import Backend
 from reflectron.kernels.products import add_product, as_factor
 from reflectron.tools.planner.backends import Backends
+from reflectron.tools.planner.calibration import COLLECTIVES
 from reflectron.tools.planner.traffic import LAYERS, SUMMED, UPDATED
 
 # Sides of products, tokens of a segment, elements of a pass, bytes of a collective.
@@ -41,6 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "columns": (32768, 131072),
         "most_head_operations": 2**46,
         "bytes": (2**14, 2**20, 2**24, 2**28),
+        "beside": (8192, 4096, 4096),
     },
     "cpu": {
         "tokens": (32, 128, 512, 2048),
@@ -54,11 +56,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "columns": (512, 4096, 32768),
         "most_head_operations": 2**35,
         "bytes": (2**10, 2**16, 2**20, 2**24),
+        "beside": (512, 512, 1024),
     },
 }
 _HEAD_DIMS = (64, 128)
 # Rounds of a measurement go on for so long, but there are as many as these.
 _SECONDS, _LEAST_ROUNDS, _MOST_ROUNDS = 0.03, 2, 30
+# What ranks wait for each other differs from one time to the next.
+_OFTEN = 8
+# Of a difference between two times: what is less is nothing.
+_LEAST_SECONDS = 1e-6
 
 
 class Clock:
@@ -115,7 +122,7 @@ def measure(device: torch.device) -> dict[str, Any]:
             **_heads(clock, sizes, dtype),
         }
         if dist.get_world_size() > 1:
-            tables |= _collectives(clock, sizes["bytes"])
+            tables |= _collectives(clock, sizes, dtype)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "backends": vars(backends),
@@ -248,26 +255,66 @@ def _heads(clock: Clock, sizes: dict[str, Any], dtype: torch.dtype) -> dict[str,
     return _tables((sizes["rows"], sizes["hidden"], sizes["columns"]), sizes["most_head_operations"], 6, rates)
 
 
-def _collectives(clock: Clock, sizes: Sequence[int]) -> dict[str, Any]:
-    """Bytes a second of what a rank has in the end: of the sum, of what was gathered, or before what is scattered."""
+def _collectives(clock: Clock, sizes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Bytes a second of what a rank has in the end: of the sum, of what was gathered, or before what is scattered; and
+    the share of the time that is left where a product runs meanwhile.
+
+    Each comes behind a product, as in a step, because ranks then are never ready at the same moment.
+    """
+    rows, inner, outer = sizes["beside"]
+    x, weight = (torch.randn(shape, device=clock.device, dtype=dtype) for shape in ((rows, inner), (inner, outer)))
+
+    def often(action: Callable[[], object]) -> float:
+        return clock.seconds(lambda: [action() for _ in range(_OFTEN)]) / _OFTEN
+
+    alone = often(lambda: x @ weight)
+
+    def behind(kind: str, size: int) -> float:
+        start = _collective(kind, size, clock.device)
+
+        def action() -> None:
+            x @ weight
+            _finish(start())
+
+        return max(often(action) - alone, _LEAST_SECONDS)
+
+    def beside(kind: str, size: int) -> float:
+        start = _collective(kind, size, clock.device)
+
+        def action() -> None:
+            under_way = start()
+            x @ weight
+            _finish(under_way)
+
+        return max(often(action) - alone, _LEAST_SECONDS)
+
+    def left(size: int) -> float:
+        kinds = ("all_gather", "reduce_scatter")
+        return min(1.0, sum(beside(kind, size) for kind in kinds) / sum(behind(kind, size) for kind in kinds))
+
+    tables = {kind: _table([sizes["bytes"]], lambda size, kind=kind: size / behind(kind, size)) for kind in COLLECTIVES}
+    return {**tables, "exposed": _table([sizes["bytes"]], left)}
+
+
+def _collective(kind: str, size: int, device: torch.device) -> Callable[[], dist.Work | None]:
+    """What starts one of ``size`` bytes in all."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
+    count = size // 4 // ranks * ranks
+    whole, part = (torch.zeros(n, device=device) for n in (count, count // ranks))
+    if kind == "all_reduce":
+        return lambda: dist.all_reduce(whole, async_op=True)
+    if kind == "all_gather":
+        return lambda: dist.all_gather_into_tensor(whole, part, async_op=True)
+    if kind == "reduce_scatter":
+        return lambda: dist.reduce_scatter_tensor(part, whole, async_op=True)
+    if rank > 1:
+        return lambda: None
+    return lambda: dist.isend(whole, 1) if rank == 0 else dist.irecv(whole, 0)
 
-    def make(kind: str, count: int) -> Callable[[], object]:
-        whole, part = (torch.zeros(n, device=clock.device) for n in (count, count // ranks))
-        if kind == "all_reduce":
-            return lambda: dist.all_reduce(whole)
-        if kind == "all_gather":
-            return lambda: dist.all_gather_into_tensor(whole, part)
-        if kind == "reduce_scatter":
-            return lambda: dist.reduce_scatter_tensor(part, whole)
-        if rank > 1:
-            return lambda: None
-        return lambda: dist.send(whole, 1) if rank == 0 else dist.recv(whole, 0)
 
-    return {
-        kind: _table([sizes], lambda size, kind=kind: clock.rate(size, make(kind, size // 4 // ranks * ranks)))
-        for kind in ("all_reduce", "all_gather", "reduce_scatter", "transfer")
-    }
+def _finish(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 def rank_main(rank: int, kind: str, processes: int, folder: str) -> None:

@@ -24,7 +24,8 @@ TABLES = {
     **{f"pass_{part}": ("elements",) for part in ("copy", "norm", "rotation", "gated", "update", "sum")},
     "head_reference": ("rows", "hidden", "columns"),
 }
-# Tables of files made by more than one process; those made on CUDA have ``head_triton`` as well.
+# Tables of files made by more than one process, with ``exposed``, the share of a collective that a product beside it
+# does not hide. Those made on CUDA have ``head_triton`` as well.
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "transfer")
 # Seconds of the host by what they are spent for.
 HOST = ("step", "step_layer", "microbatch", "microbatch_layer")

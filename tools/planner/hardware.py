@@ -165,10 +165,10 @@ class Cluster:
         """Host and device are one: what one does, the other waits for."""
         return self.gpu.name == "CPU"
 
-    @property
-    def overlap(self) -> float:
-        """Share of communication that hides behind computation; on the CPU the same cores do both."""
-        return 0.0 if self.is_cpu else OVERLAP
+    def exposed(self, size: float) -> float:
+        """Share of a collective of ``size`` bytes that computation beside it does not hide."""
+        measured = self.calibration.tables.get("exposed") if self.calibration is not None else None
+        return 1 - OVERLAP if measured is None else measured.at(size)
 
     @property
     def matmul_flops(self) -> float:

@@ -182,8 +182,6 @@ def step_time(arch: Architecture, config: Config, cluster: Cluster, load: Load, 
     whole = [device + wait for device, wait in zip(by_stage, waits, strict=True)]
     slow = int(np.argmax(whole))
     layers = m * stages[slow].layers
-    # Gradients are reduced in the last microbatch's backward, parameters gathered in the first one's forward.
-    window = by_stage[slow] * cluster.overlap
     return StepTime(
         matmul=layers * layer.matmul,
         attention=layers * layer.attention,
@@ -193,7 +191,7 @@ def step_time(arch: Architecture, config: Config, cluster: Cluster, load: Load, 
         context_parallel=layers * layer.context_parallel,
         pipeline_transfer=_transfer_time(run),
         bubble=(sum(whole) - whole[slow]) / parallel.virtual_pipeline_model_parallel_size,
-        data_parallel=_replica_time(run, stages[slow], window),
+        data_parallel=_replica_time(run, stages[slow], by_stage[slow]),
         optimizer=_update_time(run, stages[slow]),
         host=m * waits[slow] + host["step"] + host["step_layer"] * stages[slow].layers,
     )
@@ -290,7 +288,8 @@ def _tensor_time(run: _Run) -> float:
     sums it; what the backward gathers of inputs and scatters of their gradients overlaps with products."""
     parallel, cluster = run.config.parallel, run.cluster
     ranks = parallel.tensor_model_parallel_size
-    size, exposed = run.tokens * run.arch.hidden_size * run.element, 1 - cluster.overlap
+    size = run.tokens * run.arch.hidden_size * run.element
+    exposed = cluster.exposed(size)
     if parallel.sequence_parallel:
         gather, scatter = (cluster.collective(kind, size, ranks, 1) for kind in ("all_gather", "reduce_scatter"))
         forward, backward = 2 * (gather + scatter), 2 * gather + 2 * (gather + scatter) * exposed
@@ -352,13 +351,15 @@ def _transfer_time(run: _Run) -> float:
     if stages == 1:
         return 0.0
     stride = parallel.tensor_model_parallel_size * parallel.context_parallel_size * run.replicas
-    once = cluster.collective("transfer", run.between * run.arch.hidden_size * run.element, stages, stride)
-    exposed = 1.0 if chunks == 1 else chunks * (1 - cluster.overlap)
+    size = run.between * run.arch.hidden_size * run.element
+    once = cluster.collective("transfer", size, stages, stride)
+    exposed = 1.0 if chunks == 1 else chunks * cluster.exposed(size)
     return 2 * run.load.microbatches * exposed * once + 2 * (stages - 1) * once
 
 
-def _replica_time(run: _Run, stage: Stage, window: float) -> float:
-    """Gradients summed, in float32, and parameters gathered, as far as one microbatch's computation leaves it open."""
+def _replica_time(run: _Run, stage: Stage, microbatch: float) -> float:
+    """Gradients summed, in float32, and parameters gathered, as far as a microbatch's computation leaves it open: the
+    last one's backward, and the first one's forward."""
     parallel, cluster = run.config.parallel, run.cluster
     ranks, stride = run.replicas * parallel.context_parallel_size, parallel.tensor_model_parallel_size
     parameters = stage_parameters(run.arch, run.config, stage)
@@ -367,8 +368,8 @@ def _replica_time(run: _Run, stage: Stage, window: float) -> float:
         seconds += cluster.collective("all_gather", run.element * parameters, ranks, stride)
     else:
         seconds = cluster.collective("all_reduce", 4.0 * parameters, ranks, stride)
-    overlaps = parallel.overlap_grad_reduce is not False
-    return max(seconds - window, seconds * (1 - cluster.overlap)) if overlaps else seconds
+    exposed = 1.0 if parallel.overlap_grad_reduce is False else cluster.exposed(4.0 * parameters)
+    return max(seconds - microbatch * (1 - exposed), seconds * exposed)
 
 
 def _update_time(run: _Run, stage: Stage) -> float:

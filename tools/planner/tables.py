@@ -114,7 +114,7 @@ def _machine(cluster: Cluster, config: Config, backends: Backends) -> list[str]:
     if cluster.is_cpu:
         return [
             f"{cluster.gpus} processes on the CPU: products up to {cluster.matmul_flops / 1e9:.0f} "
-            f"GFLOP/s, memory {cluster.memory_bytes_per_second / gb:.1f} GB/s; nothing overlaps."
+            f"GFLOP/s, memory {cluster.memory_bytes_per_second / gb:.1f} GB/s."
         ]
     host = (
         f"the host launches an operator in {hardware.LAUNCH * 1e6:.0f} microseconds, "
@@ -135,8 +135,8 @@ def _machine(cluster: Cluster, config: Config, backends: Backends) -> list[str]:
         + f" and attention {cluster.attention_flops(backends.attention) / 1e12:.0f} TFLOP/s, "
         f"memory {cluster.memory_bytes_per_second / gb:.0f}, inside a machine "
         f"{cluster.node_bytes_per_second / gb:.0f}, between machines {cluster.network_bytes_per_second / gb:.0f} GB/s.",
-        f"{cluster.gpus_per_node} GPUs a machine; {cluster.overlap:.0%} of communication hides behind what it may "
-        f"overlap with; {hardware.LATENCY * 1e6:.0f} microseconds a collective; {host}",
+        f"{cluster.gpus_per_node} GPUs a machine; {1 - cluster.exposed(2**24):.0%} of communication hides behind what "
+        f"it may overlap with; {hardware.LATENCY * 1e6:.0f} microseconds a collective; {host}",
     ]
 
 
