@@ -1,6 +1,6 @@
 """A plain-torch kernel for packed rows with the interface of flash-attn's, to run on the CPU what calls those for CUDA.
 
-It stands in for the modules ``flash_attn`` and ``transformer_engine.pytorch``. Like the first it knows segments by their
+It stands in for the modules ``flash_attn`` and ``transformer_engine.pytorch``. Like them it knows segments by their
 cumulative lengths alone, aligns the causal mask at the last key, and leaves what they do not cover unwritten.
 """
 
