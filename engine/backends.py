@@ -225,8 +225,6 @@ def _capability(use: Use) -> str:
 
 
 _APEX = "built from NVIDIA's source with --cpp_ext and --cuda_ext; PyPI's apex is another project"
-# The first that scales FP8 by the largest value of the tensor itself.
-_CURRENT_SCALING = "2.2"
 # The first whose SwiGLU reads gate and up out of one tensor.
 _LIGER = "0.8.5"
 # The first with the settings by which the engine asks whether kernels are interpreted.
@@ -237,18 +235,18 @@ _ADDMM = "2.10"
 _FP8_CAPABILITY, _FP8_MULTIPLE = (8, 9), 16
 
 
-def _without_transformer_engine(use: Use, at_least: str = TRANSFORMER_ENGINE) -> str | None:
+def _without_transformer_engine(use: Use) -> str | None:
     return without_cuda(use) or without_package(
         "transformer-engine",
         "transformer_engine.pytorch",
         "pip install --no-build-isolation 'transformer-engine[pytorch]'",
-        at_least=at_least,
+        at_least=TRANSFORMER_ENGINE,
     )
 
 
 def _layers_transformer_engine(use: Use) -> str | None:
     return (
-        _without_transformer_engine(use, _CURRENT_SCALING if use.config.model.fp8 == "current" else TRANSFORMER_ENGINE)
+        _without_transformer_engine(use)
         or _impossible_in_fp8(use)
         or transformer_engine_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
     )

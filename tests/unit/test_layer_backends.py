@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 
 from reflectron.engine import backends
 from reflectron.engine.backends import CANDIDATES, Backends, Use, choose_backends
@@ -80,12 +79,11 @@ def test_addmm_needs_a_torch_that_adds_bfloat16_to_float32(monkeypatch: pytest.M
     assert objection(Use(Config(), None, CUDA)) is None
 
 
-def without(monkeypatch: pytest.MonkeyPatch, missing: str, newer_than: str = "") -> None:
-    """Every package is there but ``missing``, and that one only where ``newer_than`` or a later one is asked for."""
+def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """Every package is there but ``missing``."""
 
     def without_package(_distribution: str, module: str, _install: str, at_least: str = "0") -> str | None:
-        found = module != missing or (newer_than and Version(at_least) < Version(newer_than))
-        return None if found else f"{module} {at_least}"
+        return f"{module} {at_least}" if module == missing else None
 
     monkeypatch.setattr(backends, "without_package", without_package)
 
@@ -110,16 +108,6 @@ def test_apexs_adamw_needs_its_extension(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_ligers_layers_need_a_triton_that_says_whether_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "triton")
     assert CANDIDATES["layers"]["liger"](Use(Config(), None, CUDA)) == "triton 3.4"
-
-
-def test_current_scaling_needs_a_newer_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "transformer_engine_disagreement", lambda *_: None)
-    without(monkeypatch, "transformer_engine.pytorch", newer_than="2.2")
-    objection = CANDIDATES["layers"]["transformer_engine"]
-    current = Config(model=ModelConfig(fp8="current"))
-    assert objection(Use(current, None, CUDA)) == "transformer_engine.pytorch 2.2"
-    assert objection(Use(FP8, None, CUDA)) is None
 
 
 def test_optimizer_state_in_bfloat16_needs_transformer_engine() -> None:
