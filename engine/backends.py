@@ -227,6 +227,8 @@ def _capability(use: Use) -> str:
 _APEX = "built from NVIDIA's source with --cpp_ext and --cuda_ext; PyPI's apex is another project"
 # The first whose SwiGLU reads gate and up out of one tensor.
 _LIGER = "0.8.5"
+# The first with the settings by which the engine asks whether kernels are interpreted.
+_TRITON = "3.4"
 # The first whose addmm takes bfloat16 factors and a float32 sum.
 _ADDMM = "2.10"
 # Ada and Hopper are the first with FP8 matrix products, which take sizes in multiples of 16.
@@ -237,7 +239,7 @@ def _without_transformer_engine(use: Use) -> str | None:
     return without_cuda(use) or without_package(
         "transformer-engine",
         "transformer_engine.pytorch",
-        "pip install 'transformer-engine[pytorch]'",
+        "pip install --no-build-isolation 'transformer-engine[pytorch]'",
         at_least=TRANSFORMER_ENGINE,
     )
 
@@ -293,9 +295,11 @@ def _layers_liger(use: Use) -> str | None:
         return "needs CUDA"
     if interpreted and use.config.model.dtype != "float32":
         return f"Triton's interpreter computes float32, not model.dtype {use.config.model.dtype}"
-    return without_package(
-        "liger-kernel", "liger_kernel.ops.swiglu", "pip install '.[fused]'", at_least=_LIGER
-    ) or liger_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
+    return (
+        without_package("triton", "triton", "torch brings it since 2.8", at_least=_TRITON)
+        or without_package("liger-kernel", "liger_kernel.ops.swiglu", "pip install '.[fused]'", at_least=_LIGER)
+        or liger_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
+    )
 
 
 def _layers_torch(use: Use) -> str | None:
@@ -307,13 +311,21 @@ def _gradient_apex(use: Use) -> str | None:
 
 
 def _gradient_addmm(use: Use) -> str | None:
-    if use.device.type == "cuda" and use.config.model.dtype == "bfloat16" and torch.__version__ < _ADDMM:
-        return f"torch is {torch.__version__}, and before {_ADDMM} its addmm cannot add bfloat16 products to float32"
-    return None
+    if use.device.type != "cuda" or use.config.model.dtype != "bfloat16" or torch.__version__ >= _ADDMM:
+        return None
+    if use.config.backends.layers in ("auto", "transformer_engine") and _layers_transformer_engine(use) is None:
+        return None  # their products are transformer-engine's own, which add to float32 with any torch
+    return f"torch is {torch.__version__}, and before {_ADDMM} its addmm cannot add bfloat16 products to float32"
 
 
 def _adamw_apex(use: Use) -> str | None:
-    return _adamw_torch(use) or without_cuda(use) or without_package("apex", "apex.optimizers", _APEX)
+    # Its FusedAdam can be imported without the extension, and not be made.
+    return (
+        _adamw_torch(use)
+        or without_cuda(use)
+        or without_package("apex", "apex.optimizers", _APEX)
+        or without_package("apex", "amp_C", _APEX)
+    )
 
 
 def _adamw_torch(use: Use) -> str | None:

@@ -76,6 +76,13 @@ class PackedGPT(GPTModel):
         rotary = rotary_tables(rows.position_ids, self.inverse_frequencies, self.config.params_dtype)
         return dataclasses.replace(rows, rotary=rotary)
 
+    def _set_attention_backend(self) -> None:
+        """Leave transformer-engine's switches as they are.
+
+        megatron-core (0.16.1) asks for ``NVTE_UNFUSED_ATTN=1`` with every model and fails where it is off, which the
+        kernel of that back end needs.
+        """
+
     def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **_: Any) -> torch.Tensor:
         if not self.post_process:
             return hidden_states

@@ -8,8 +8,9 @@ from packaging.version import Version
 
 from reflectron.engine.config import Config
 
-# The first whose FusedAdam keeps moments in bfloat16; megatron-core 0.16.1 asks for it when state is offloaded, too.
-TRANSFORMER_ENGINE = "2.1"
+# The first whose FusedAdam keeps moments in bfloat16; FP8 by current scaling is older. megatron-core 0.16.1 asks for it
+# when state is offloaded, too.
+TRANSFORMER_ENGINE = "2.3"
 
 
 def check_machine(config: Config) -> None:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 import varlen_kernel
 from safetensors.torch import save_file
 
-from reflectron.engine.backends import Backends
 from reflectron.engine.config import (
     BackendsConfig,
     BatchConfig,
@@ -123,10 +122,11 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
     needs no gathered parameters.
     """
     config, inputs, out = job_config(job), model_inputs(job["model"]), Path(job["out"])
-    backends = Backends(attention=job["layout"].get("attention", "sdpa"))
-    sys.modules["flash_attn"] = varlen_kernel
+    sys.modules["flash_attn"] = sys.modules["transformer_engine.pytorch"] = varlen_kernel
     batch = global_batch(job, config, inputs, groups)
-    backends = choose_backends(config, inputs.arch, groups.device)
+    backends = dataclasses.replace(
+        choose_backends(config, inputs.arch, groups.device), attention=job["layout"].get("attention", "sdpa")
+    )
     out.mkdir(parents=True, exist_ok=True)
 
     chunks = load_model(config, inputs, groups, torch.float32, backends)

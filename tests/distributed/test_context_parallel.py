@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_checkpoint import EXACT, FLOAT32, Jobs, assert_follows
 from test_golden import ACCUMULATED, RUN
-from test_layouts import FULL, OVERLAP, REFERENCE, VARLEN, Layouts, parallel
+from test_layouts import FULL, OVERLAP, REFERENCE, TE_VARLEN, VARLEN, Layouts, parallel
 
 from reflectron.engine.parallel.launch import spawn_local
 
@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[int, dict[str, dict[str, Any]]]] = {
             "cp2": parallel(**CP2) | {"tokens_per_microbatch": 385},
             "cp2_recompute_full": parallel(**CP2, **FULL),
             "cp2_varlen": parallel(**CP2) | VARLEN | {"tokens_per_microbatch": 385},
+            "cp2_te_varlen": parallel(**CP2) | TE_VARLEN | {"tokens_per_microbatch": 385},
         },
         4: {
             "cp4": parallel(**CP4),

@@ -69,6 +69,8 @@ OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 2000}
 REFERENCE: dict[str, Any] = {"unpacked": True}
 # Attention by one call for all segments, as kernels for CUDA have it; ``varlen_kernel`` stands in for theirs.
 VARLEN = {"attention": "flash_attention_2"}
+# The same by transformer-engine's module, whose switches megatron-core would set with every model.
+TE_VARLEN = {"attention": "transformer_engine"}
 
 # Layouts by number of processes. Those that every kind of model runs:
 COMMON: dict[int, dict[str, dict[str, Any]]] = {
@@ -103,6 +105,7 @@ LLAMA: dict[int, dict[str, dict[str, Any]]] = {
         "tp2_sp_recompute_selective": parallel(2, sp=True, **SELECTIVE),
         "pp2_vpp2_recompute_attention": parallel(1, 2, 2, recompute="selective"),
         "tp2_sp_varlen": parallel(2, sp=True) | VARLEN,
+        "pp2_vpp2_te_varlen": parallel(1, 2, 2) | TE_VARLEN,
     },
     4: {
         "tp4_sp": parallel(4, sp=True),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from varlen_kernel import flash_attn_varlen_func, with_logsumexp
+from varlen_kernel import DotProductAttention, flash_attn_varlen_func, with_logsumexp
 
 from reflectron.engine.data.microbatch import Segments, segments_of, to_device
 from reflectron.engine.model.attention_check import AttentionProblem, attention_errors, attention_problem
@@ -59,34 +59,6 @@ def varlen_attn_of_torch_2_11(*args: Any, scale: float, window_size: tuple[int, 
     return varlen_attn(*args, scale=scale, window_size=window_size, enable_gqa=args[0].shape[1] != args[1].shape[1])
 
 
-class DotProductAttention:
-    """transformer-engine's, whose output has the heads in one dimension."""
-
-    def __init__(
-        self,
-        num_attention_heads: int,
-        kv_channels: int,
-        num_gqa_groups: int,
-        attention_dropout: float,
-        qkv_format: str,
-        attn_mask_type: str,
-        softmax_scale: float,
-    ) -> None:
-        assert (attention_dropout, qkv_format) == (0.0, "thd")
-        self.heads, self.mask, self.scale = (num_attention_heads, num_gqa_groups), attn_mask_type, softmax_scale
-
-    def __call__(self, query: Any, key: Any, value: Any, *, qkv_format: str, **lengths: Any) -> Any:
-        assert qkv_format == "thd"
-        assert (query.shape[1], key.shape[1]) == self.heads
-        cu_seqlens_q, cu_seqlens_k = lengths["cu_seqlens_q"], lengths.pop("cu_seqlens_kv")
-        # padding_causal alone aligns the mask at the first key.
-        assert self.mask == "padding_causal_bottom_right" or (
-            self.mask == "padding_causal" and torch.equal(cu_seqlens_q, cu_seqlens_k)
-        )
-        lengths |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": lengths.pop("max_seqlen_kv")}
-        return flash_attn_varlen_func(query, key, value, **lengths, softmax_scale=self.scale, causal=True).flatten(1)
-
-
 ADAPTERS: dict[str, Callable[[AttentionShape], AttentionKernel]] = {
     "sdpa": sdpa,
     "flash_attn": lambda shape: flash_varlen(flash_attn_varlen_func, shape),
@@ -106,7 +78,10 @@ def problem_of(shape: AttentionShape, padding: int) -> AttentionProblem:
 @pytest.mark.parametrize("whole_segments", [True, False], ids=["whole", "chunks"])
 @pytest.mark.parametrize("groups", [2, 6])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_every_adapter_computes_the_definition(adapter: str, groups: int, whole_segments: bool, padding: int) -> None:
+def test_every_adapter_computes_the_definition(
+    monkeypatch: pytest.MonkeyPatch, adapter: str, groups: int, whole_segments: bool, padding: int
+) -> None:
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "0")
     shape = replace(SHAPE, num_query_groups=groups, whole_segments=whole_segments)
     errors = attention_errors(ADAPTERS[adapter](shape), problem_of(shape, padding), torch.float64)
     assert max(errors.values()) < 1e-12, errors

@@ -82,7 +82,9 @@ def test_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper = objections(monkeypatch, (9, 0), use)
     assert hopper["torch_varlen"] == "torch_varlen would run"
     installs = {
-        "transformer_engine": "transformer-engine is not installed (pip install 'transformer-engine[pytorch]')",
+        "transformer_engine": (
+            "transformer-engine is not installed (pip install --no-build-isolation 'transformer-engine[pytorch]')"
+        ),
         "flash_attention_3": "flash-attn-3 is not installed (built from flash-attention's folder hopper)",
         "flash_attention_4": "flash-attn-4 is not installed (pip install flash-attn-4)",
         "flash_attention_2": "flash-attn is not installed (pip install flash-attn --no-build-isolation)",

@@ -16,6 +16,7 @@ from reflectron.engine.config import BatchConfig, Config, DataConfig
 from reflectron.engine.flops import decoder_shape, training_cost
 from reflectron.engine.model.families import parse_architecture
 from reflectron.tools import cli
+from reflectron.tools.bench.hf_baseline import attention_implementation
 from reflectron.tools.bench.train_batches import make_batch
 from reflectron.tools.bench.train_facts import useful_flops
 from reflectron.tools.bench.train_goals import over_schedule, train_goals
@@ -270,3 +271,10 @@ def test_rows_are_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     if not torch.cuda.is_available():
         assert cli.main(["bench", "train", "--out", str(tmp_path), "--device", "cpu"]) == 2
         assert "rows are never overwritten" in capsys.readouterr().err
+
+
+def test_flash_attention_4_alone_is_not_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both are imported as ``flash_attn``; the baseline's transformers takes version 2 by its distribution."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert attention_implementation(torch.device("cuda")) == "sdpa"

@@ -79,6 +79,37 @@ def test_addmm_needs_a_torch_that_adds_bfloat16_to_float32(monkeypatch: pytest.M
     assert objection(Use(Config(), None, CUDA)) is None
 
 
+def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """Every package is there but ``missing``."""
+
+    def without_package(_distribution: str, module: str, _install: str, at_least: str = "0") -> str | None:
+        return f"{module} {at_least}" if module == missing else None
+
+    monkeypatch.setattr(backends, "without_package", without_package)
+
+
+def test_transformer_engines_layers_add_to_float32_with_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    objection = CANDIDATES["weight_gradient"]["addmm"]
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cu128"))
+    monkeypatch.setattr(backends, "without_package", lambda *_, **__: None)
+    monkeypatch.setattr(backends, "transformer_engine_disagreement", lambda *_: None)
+    assert objection(Use(Config(), None, CUDA)) is None
+    assert objection(Use(Config(backends=BackendsConfig(layers="liger")), None, CUDA)) is not None
+    monkeypatch.setattr(backends, "transformer_engine_disagreement", lambda *_: "fails")
+    assert objection(Use(Config(), None, CUDA)) is not None
+
+
+def test_apexs_adamw_needs_its_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apex built for Python alone imports its FusedAdam, and raises where one is made."""
+    without(monkeypatch, "amp_C")
+    assert CANDIDATES["adamw"]["apex"](Use(Config(), None, CUDA)) == "amp_C 0"
+
+
+def test_ligers_layers_need_a_triton_that_says_whether_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "triton")
+    assert CANDIDATES["layers"]["liger"](Use(Config(), None, CUDA)) == "triton 3.4"
+
+
 def test_optimizer_state_in_bfloat16_needs_transformer_engine() -> None:
     config = Config(optimizer=OptimizerConfig(exp_avg_dtype="bfloat16"), backends=BackendsConfig(adamw="torch"))
     for name in ("apex", "torch_fused", "torch"):

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from reflectron.engine.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from reflectron.engine.parallel.machine import check_machine
@@ -106,15 +107,23 @@ def test_sections_that_exclude_each_other(sections: dict[str, Any], message: str
 
 @pytest.mark.parametrize("key", [{"cpu_offload_fraction": 0.5}, {"exp_avg_dtype": "bfloat16"}])
 @pytest.mark.parametrize(
-    ("device", "reason"),
+    ("device", "found", "reason"),
     [
-        ("cpu", "expected the default: it needs CUDA, and ranks run on the CPU"),
-        ("cuda", "expected the default: it needs transformer-engine 2.1 or newer, and none is installed"),
+        ("cpu", None, "expected the default: it needs CUDA, and ranks run on the CPU"),
+        ("cuda", None, "expected the default: it needs transformer-engine 2.3 or newer, and none is installed"),
+        # Its FusedAdam raises for moments in bfloat16.
+        (
+            "cuda",
+            Version("2.2"),
+            "expected the default: it needs transformer-engine 2.3 or newer, and 2.2 is installed",
+        ),
     ],
 )
-def test_what_a_machine_lacks(key: dict[str, Any], device: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_machine_lacks(
+    key: dict[str, Any], device: str, found: Version | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("reflectron.engine.parallel.process_groups.device_type", lambda _: device)
-    monkeypatch.setattr("reflectron.engine.parallel.machine._transformer_engine", lambda: None)
+    monkeypatch.setattr("reflectron.engine.parallel.machine._transformer_engine", lambda: found)
     (name, value) = next(iter(key.items()))
     with pytest.raises(ValueError, match="^" + re.escape(f"optimizer.{name} is {value!r}, {reason}")):
         check_machine(Config(optimizer=OptimizerConfig(**key)))

@@ -186,10 +186,11 @@ def _compiled_loss() -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.is_cuda and torch.__version__ >= "2.8":
+    """fp32 sum; before torch 2.10 addmm refuses one of another type than the factors."""
+    if a.is_cuda and torch.__version__ >= "2.10":
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total += a.float() @ b.float()
+        total += _product(a, b)
 
 
 def _sums(z_t: Tensor, z_s: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,7 @@ class Backends:
     @property
     def fused_gradient(self) -> str:
         """How a linear layer's weight gradient gets into its sum: ``fused`` with the product, or by ``torch``."""
-        own = self.layers == "transformer_engine" or self.weight_gradient != "torch"
-        return "fused" if own else "torch"
+        return "torch" if self.weight_gradient == "torch" else "fused"
 
     @property
     def separate_layers(self) -> str:
