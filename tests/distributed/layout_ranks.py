@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # by torch's optimizers, in their first step: here once for all ranks
 import torch.distributed as dist
 import varlen_kernel
 from safetensors.torch import save_file
