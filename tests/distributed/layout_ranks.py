@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo  # by torch's optimizers, in their first step: here once for all ranks
 import torch.distributed as dist
 import varlen_kernel
 from safetensors.torch import save_file
@@ -154,6 +153,7 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
             gather_parameters(wrapped)
             save_pieces(chunks, "data", inputs, groups, out / f"weights_{step}_{groups.pipeline.rank()}.safetensors")
     assert validated == terms, "a forward alone takes the same way"
+    assert "torch._dynamo" not in sys.modules, "torch's compiler, half a second of a rank's start, is not needed"
     if groups.is_main:
         computed = {name: count / job["steps"] / len(batch.microbatches) for name, count in calls.items()}
         numbers = {**vars(terms), "grad_norms": norms, "microbatches": len(batch.microbatches), "computed": computed}

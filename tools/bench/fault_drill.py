@@ -71,10 +71,9 @@ def drill(folder: Path, config: str | None, overrides: list[str], *, kills: int,
     """
     path = str(write_tiny_run(folder)) if config is None else config
     world_size = local_processes(load_config(path, overrides).parallel)
-    # So that forked ranks have it already; torch's optimizers import the last in their first step.
-    reflectron = ("tools.train", "tools.run_log", "tools.plot_run", "engine.trainer", "engine.parallel.process_groups")
-    for name in (*(f"reflectron.{name}" for name in reflectron), "torch._dynamo"):
-        importlib.import_module(name)
+    # So that forked ranks have it already.
+    for name in ("tools.train", "tools.run_log", "engine.trainer", "engine.parallel.process_groups"):
+        importlib.import_module(f"reflectron.{name}")
     began, generator, tally = time.monotonic(), random.Random(seed), Tally()
     reference = DrilledRun(folder / "reference", path, overrides, world_size)
     load_s = _run_reference(reference)
