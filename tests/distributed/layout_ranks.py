@@ -153,7 +153,6 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
             gather_parameters(wrapped)
             save_pieces(chunks, "data", inputs, groups, out / f"weights_{step}_{groups.pipeline.rank()}.safetensors")
     assert validated == terms, "a forward alone takes the same way"
-    assert "torch._dynamo" not in sys.modules, "torch's compiler, half a second of a rank's start, is not needed"
     if groups.is_main:
         computed = {name: count / job["steps"] / len(batch.microbatches) for name, count in calls.items()}
         numbers = {**vars(terms), "grad_norms": norms, "microbatches": len(batch.microbatches), "computed": computed}
