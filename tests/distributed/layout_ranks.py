@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.attention.bias  # brings torch's compiler along; context-parallel ranks would import it one by one
 import varlen_kernel
 from safetensors.torch import save_file
 
