@@ -75,7 +75,7 @@ setup(
         # ruff and mypy up to what the code was written with, or their next release breaks an unchanged project.
         "test": [
             "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.7,<4",
             "ruff>=0.6,<0.18",
             "mypy>=1.10,<2.5",
             *FUSED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from reflectron.tools.sandbox.process import SandboxKind, choose_sandbox
 
+# As the command does, for the same reason.
+gc.set_threshold(10_000)
 # Before any test imports torch or transformers. Tests of ranks start several processes, which must not fight for cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

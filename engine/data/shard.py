@@ -17,6 +17,7 @@ from typing import IO, Any, get_args
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import compute
 
 from reflectron.engine.data.conversation import BadRecord, Kind
 from reflectron.engine.data.sources import SourceIdentity
@@ -109,16 +110,17 @@ class ShardBatch:
     """A batch of rows as views of the memory map."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
+        # Not by ``to_numpy``, which imports pandas first.
         def scalars(name: str) -> np.ndarray:
-            return batch.column(name).to_numpy(zero_copy_only=True)
+            return np.from_dlpack(batch.column(name))
 
         def lists(name: str) -> tuple[np.ndarray, np.ndarray]:
             column = batch.column(name)
-            return column.offsets.to_numpy(zero_copy_only=True), column.values.to_numpy(zero_copy_only=True)
+            return np.from_dlpack(column.offsets), np.from_dlpack(column.values)
 
         self.lines = scalars("line")
         self.reasons = batch.column("reason")
-        self.good_rows = np.flatnonzero(self.reasons.is_null().to_numpy(zero_copy_only=False)).astype(np.int32)
+        self.good_rows = np.from_dlpack(compute.indices_nonzero(self.reasons.is_null())).astype(np.int32)
         """int32 [samples]: rows that are not rejected."""
         self._kind, self._prefix_end, self._final_start = map(scalars, ("kind", "prefix_end", "final_start"))
         self._token_offsets, self._input_ids = lists("input_ids")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,7 @@ def redirect_cuda_to_cpu() -> None:
     for name in (*_FACTORIES, *_LIKE_FACTORIES):
         setattr(torch, name, _without_cuda_device(getattr(torch, name)))
     _leave_uncompiled()
+    _leave_optimizers_uncompiled()
     _redirect_tensor_methods()
     _redirect_device_calls()
     _redirect_rng_state()
@@ -88,6 +90,19 @@ def _leave_uncompiled() -> None:
         torch.compile = compile_function
     # For the modules that are imported later.
     jit.disable_jit_fuser()
+
+
+def _leave_optimizers_uncompiled() -> None:
+    """Take off the optimizers' methods what hides them from torch's compiler, for it imports that (torch 2.6 to 2.13).
+
+    Around ``step`` it also turns gradients off, which stays.
+    """
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        setattr(torch.optim.Optimizer, name, inspect.unwrap(getattr(torch.optim.Optimizer, name)))
+    for adam in (torch.optim.Adam, torch.optim.AdamW):
+        # Before torch 2.7, AdamW was not an Adam.
+        if "step" in vars(adam):
+            adam.step = torch.no_grad()(inspect.unwrap(adam.step))  # type: ignore[method-assign]
 
 
 def _redirect_tensor_methods() -> None:

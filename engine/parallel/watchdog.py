@@ -34,6 +34,8 @@ _FAILING_GRACE_S = 5.0
 # Rank 0 may host the store, so it leaves when all others have heard the verdict, or after this time.
 _HEARING_S = 5.0
 _CONNECT_S = 5.0
+# torch (2.13) asks a name server who the other end is, which takes 5 s where a question or its answer is lost.
+_FIRST_CONNECT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +213,7 @@ class Watchdog:
         self._stopping, self._judged = threading.Event(), threading.Event()
         self._verdict = ""
         self._failing = False
-        self._store = self._connect()
+        self._store = self._connect(_FIRST_CONNECT_S)
         if self.rank == 0:
             for rank in range(1, self.world_size):
                 # So that reading never waits for a rank that has not noted anything.
@@ -312,13 +314,14 @@ class Watchdog:
         try:
             self._store.set(_key(self.rank), note)
         except RuntimeError:
-            self._store = self._connect()
+            self._store = self._connect(_CONNECT_S)
             self._store.set(_key(self.rank), note)
 
-    def _connect(self) -> Store:
+    def _connect(self, timeout_s: float) -> Store:
         # A connection of its own: the job's allows one call at a time, and waits inside it.
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_CONNECT_S))
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        store.set_timeout(timedelta(seconds=_CONNECT_S))
         # torchrun keeps the store over its restarts.
         return PrefixStore(f"watchdog{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 

@@ -1,8 +1,9 @@
-"""One rank of the jobs of ``test_hf_checkpoint.py``: load, export and run models in every parallel layout.
+"""The ranks of ``test_hf_checkpoint.py``: load, export and run models in every parallel layout.
 
-``python hf_checkpoint_ranks.py PLAN.json`` runs the plan's layouts one after the other; importing takes seconds, so
-many small jobs share one start. A job names the sections of its configuration and the folder ``out``, where rank 0
-leaves ``export/``, ``small_files/`` and ``logits.pt``; with ``dist`` its weights come through megatron-core's loader.
+``python hf_checkpoint_ranks.py PLAN.json RANKS`` imports everything, forks the ranks and runs the plan's layouts one
+after the other; importing takes seconds, so many small jobs share one start. A job names the sections of its
+configuration and the folder ``out``, where rank 0 leaves ``export/``, ``small_files/`` and ``logits.pt``; with ``dist``
+its weights come through megatron-core's loader.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from reflectron.engine.config import Config, DataConfig, ModelConfig, ParallelCo
 from reflectron.engine.data.microbatch import segments_of
 from reflectron.engine.model.attention import PackedRows
 from reflectron.engine.model.gpt import PackedGPT
+from reflectron.engine.parallel.launch import ProcessPlace, free_port
 from reflectron.engine.parallel.process_groups import (
     ParallelGroups,
     model_parallel_groups,
@@ -130,7 +132,11 @@ def bytes_read(job: dict[str, Any], parallel: ParallelConfig, rank: int) -> int:
     return source.bytes_read
 
 
-def main(plan_file: Path) -> None:
+def rank_main(rank: int, plan_file: Path, world_size: int, port: int) -> None:
+    place = ProcessPlace(
+        rank=rank, world_size=world_size, local_rank=rank, master_address="127.0.0.1", master_port=port
+    )
+    os.environ |= place.variables()
     plan = json.loads(plan_file.read_text(encoding="utf-8"))
     start_process_groups(ParallelConfig(device="cpu"), seed=1)
     for layout in plan["layouts"]:
@@ -139,7 +145,7 @@ def main(plan_file: Path) -> None:
         for job in layout["jobs"]:
             run_job(job, parallel, groups)
     stop_process_groups()
-    if os.environ["RANK"] == "0":
+    if rank == 0:
         for job in plan["counted"]:
             parallel = ParallelConfig(**job["parallel"])
             counts = [bytes_read(job, parallel, rank) for rank in range(parallel.tensor_model_parallel_size)]
@@ -147,4 +153,7 @@ def main(plan_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    ranks = int(sys.argv[2])
+    torch.multiprocessing.start_processes(
+        rank_main, (Path(sys.argv[1]), ranks, free_port()), nprocs=ranks, start_method="fork"
+    )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.attention.bias  # brings torch's compiler along; context-parallel ranks would import it one by one
 import varlen_kernel
 from safetensors.torch import save_file
 
@@ -54,6 +55,10 @@ from reflectron.engine.optimizer import build_optimizer  # noqa: E402
 from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups, stop_process_groups  # noqa: E402
 from reflectron.engine.train_step import forward_backward, reduce_terms, train_step  # noqa: E402
 from reflectron.engine.trainer import load_model  # noqa: E402
+from reflectron.kernels import tuning  # noqa: E402
+
+# Fewer, wider tiles: the interpreter's time goes by the number of programs. Only eight shards of 96 columns fit one.
+tuning.INTERPRETER = dataclasses.replace(tuning.INTERPRETER, columns=128)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENIZER = TokenizerConfig(path=str(GOLDEN / "tokenizer_before"))

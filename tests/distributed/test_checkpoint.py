@@ -8,8 +8,10 @@ weights at once.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +38,48 @@ PP2_VPP2 = {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_mo
 # Of a replica, only its share of the parameters is up to date when it saves.
 OVERLAP = {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 2000}}
 NOT_SHARDED = {"parallel": {"distributed_optimizer": False}}
+SAVE = {"do": "save"}
 EXACT, FLOAT32, BFLOAT16 = 0.0, 1e-5, 2e-2
 
 
-class Jobs:
+Group = tuple[int, dict[str, dict[str, Any]]]
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
     """Jobs on one folder, in groups of the same number of processes."""
 
-    def __init__(self, folder: Path, model: str, **common: Any) -> None:
-        self.folder, self.common = folder, common
-        self.config = folder / "config.json"
-        self.config.write_text(json.dumps(SIZES | MODELS[model]), encoding="utf-8")
+    model: str
+    groups: list[Group]
+    """Processes and jobs by name; the jobs of a group follow each other in the same processes."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """What all jobs have."""
 
-    def run(self, *groups: tuple[int, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-        """The result of each job, by name; the jobs of a group follow each other in the same processes."""
-        plan = self.folder / "plan.json"
-        common = {"output_dir": str(self.folder), "model": str(self.config), "do": "load", **self.common}
-        results = {name: self.folder / f"{name}.result" for _, jobs in groups for name in jobs}
-        whole = [
-            (processes, [common | job | {"result": str(results[name])} for name, job in jobs.items()])
-            for processes, jobs in groups
+
+def run_cases(folder: Path, cases: dict[str, Case]) -> dict[str, Results]:
+    """By case, the result of each job; all of them from one start of the ranks' program."""
+    plan, files = [], {}
+    for name, case in cases.items():
+        config = folder / name / "config.json"
+        config.parent.mkdir()
+        config.write_text(json.dumps(SIZES | MODELS[case.model]), encoding="utf-8")
+        common = {"output_dir": str(config.parent), "model": str(config), "do": "load", **case.common}
+        files[name] = {job: config.with_name(f"{job}.result") for _, jobs in case.groups for job in jobs}
+        plan += [
+            (processes, [common | keys | {"result": str(files[name][job])} for job, keys in jobs.items()])
+            for processes, jobs in case.groups
         ]
-        plan.write_text(json.dumps(whole), encoding="utf-8")
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("checkpoint_ranks.py")), str(plan)]
-        ranks = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert ranks.returncode == 0, ranks.stderr
-        return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in results.items()}
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    script = str(Path(__file__).with_name("checkpoint_ranks.py"))
+    ranks = subprocess.run(
+        [sys.executable, "-W", "ignore", script, str(folder / "plan.json")], capture_output=True, text=True, check=False
+    )
+    assert ranks.returncode == 0, ranks.stderr
+    return {
+        name: {job: json.loads(path.read_text(encoding="utf-8")) for job, path in jobs.items()}
+        for name, jobs in files.items()
+    }
 
 
 def assert_follows(loaded: dict[str, Any], saved: dict[str, Any], tolerance: float) -> None:
@@ -69,18 +88,6 @@ def assert_follows(loaded: dict[str, Any], saved: dict[str, Any], tolerance: flo
         assert step == pytest.approx(expected_step, rel=tolerance, abs=0.0)
     if tolerance == EXACT:
         assert loaded["random_numbers"] == saved["random_numbers"]
-
-
-@pytest.mark.slow
-def test_layouts(tmp_path: Path) -> None:
-    results = Jobs(tmp_path, "llama").run(
-        (2, {"saved": {"do": "save", **TP2}, "tp2": TP2, "pp2": PP2, "dp2": {}, "not_sharded": NOT_SHARDED})
-    )
-    (line,) = results["saved"]["lines"]
-    assert line.startswith(f"checkpoint  {tmp_path}/checkpoints/step_00000003 (")
-    assert_follows(results["tp2"], results["saved"], EXACT)
-    for name in ("pp2", "dp2", "not_sharded"):
-        assert_follows(results[name], results["saved"], FLOAT32)
 
 
 # (model, settings of all jobs, processes of the job that saves, its settings, {processes: jobs that load}).
@@ -121,26 +128,48 @@ CASES: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[int, list[
 }
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
+    """Of all cases: importing takes longer than one of them."""
+    cases = {
+        "layouts": Case(
+            "llama", [(2, {"saved": SAVE | TP2, "tp2": TP2, "pp2": PP2, "dp2": {}, "not_sharded": NOT_SHARDED})]
+        ),
+        "while_saving": Case(
+            "llama", [(2, {"saved": SAVE | PP2 | {"steps_while_saving": 2}, "loaded": PP2, "tp2": TP2})]
+        ),
+    }
+    for name, (model, common, processes, saving, loading) in CASES.items():
+        others = [(size, {f"{size}_{i}": layout for i, layout in enumerate(loading[size])}) for size in loading]
+        cases[name] = Case(model, [(processes, {"saved": SAVE | saving, "same": saving}), *others], common)
+    return run_cases(tmp_path_factory.mktemp("checkpoint"), cases)
+
+
+@pytest.mark.slow
+def test_layouts(results: dict[str, Results]) -> None:
+    found = results["layouts"]
+    (line,) = found["saved"]["lines"]
+    assert re.match(r"checkpoint  \S+/layouts/checkpoints/step_00000003 \(", line)
+    assert_follows(found["tp2"], found["saved"], EXACT)
+    for name in ("pp2", "dp2", "not_sharded"):
+        assert_follows(found[name], found["saved"], FLOAT32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_models_optimizers_and_layouts(case: str, tmp_path: Path) -> None:
-    model, common, processes, saving, loading = CASES[case]
-    jobs = Jobs(tmp_path, model, **common)
-    other = BFLOAT16 if common.get("dtype") == "bfloat16" else FLOAT32
-    others = [(size, {f"{size}_{i}": layout for i, layout in enumerate(loading[size])}) for size in loading]
-    results = jobs.run((processes, {"saved": {"do": "save", **saving}, "same": saving}), *others)
-    assert_follows(results["same"], results["saved"], EXACT)
-    for result in (results[name] for _, named in others for name in named):
-        assert_follows(result, results["saved"], other)
+def test_models_optimizers_and_layouts(case: str, results: dict[str, Results]) -> None:
+    other = BFLOAT16 if CASES[case][1].get("dtype") == "bfloat16" else FLOAT32
+    found = dict(results[case])
+    saved = found.pop("saved")
+    assert_follows(found.pop("same"), saved, EXACT)
+    for result in found.values():
+        assert_follows(result, saved, other)
 
 
 @pytest.mark.slow
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written(results: dict[str, Results]) -> None:
     """Steps between the copy and the first written byte are not in the checkpoint."""
-    results = Jobs(tmp_path, "llama").run(
-        (2, {"saved": {"do": "save", "steps_while_saving": 2, **PP2}, "loaded": PP2, "tp2": TP2})
-    )
-    saved = results["saved"]
-    assert len(saved["while_saving"]) == 2
-    assert_follows(results["loaded"], saved, EXACT)
-    assert_follows(results["tp2"], saved, FLOAT32)
+    found = results["while_saving"]
+    assert len(found["saved"]["while_saving"]) == 2
+    assert_follows(found["loaded"], found["saved"], EXACT)
+    assert_follows(found["tp2"], found["saved"], FLOAT32)

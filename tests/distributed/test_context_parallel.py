@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_checkpoint import EXACT, FLOAT32, Jobs, assert_follows
+from test_checkpoint import EXACT, FLOAT32, SAVE, Case, assert_follows, run_cases
 from test_golden import ACCUMULATED, RUN
 from test_layouts import FULL, OVERLAP, REFERENCE, TE_VARLEN, VARLEN, Layouts, parallel
 
@@ -87,11 +87,13 @@ def test_recorded_training_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_checkpoints_move_to_and_from_context_parallel_layouts(tmp_path: Path, optimizer: str) -> None:
+def test_checkpoints_move_to_and_from_context_parallel_layouts(tmp_path: Path) -> None:
     cp2, tp2 = {"parallel": CP2}, {"parallel": {"tensor_model_parallel_size": 2}}
-    jobs = {"saved": {"do": "save", **cp2}, "cp2": cp2, "tp2": tp2, "dp2": {}}
-    results = Jobs(tmp_path, "llama", optimizer=optimizer).run((2, jobs))
-    assert_follows(results["cp2"], results["saved"], EXACT)
-    for name in ("tp2", "dp2"):
-        assert_follows(results[name], results["saved"], FLOAT32)
+    jobs = {"saved": SAVE | cp2, "cp2": cp2, "tp2": tp2, "dp2": {}}
+    results = run_cases(
+        tmp_path, {name: Case("llama", [(2, jobs)], {"optimizer": name}) for name in ("adamw", "adafactor")}
+    )
+    for found in results.values():
+        assert_follows(found["cp2"], found["saved"], EXACT)
+        for name in ("tp2", "dp2"):
+            assert_follows(found[name], found["saved"], FLOAT32)

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 32016,
     },
-    "qwen3_shallow": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2, "num_hidden_layers": 2},
+    "qwen3_one_layer": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2, "num_hidden_layers": 1},
 }
 SIZES = {
     "hidden_size": 32,
@@ -273,10 +273,13 @@ def test_weight_gradients_by_addmm(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ligers_layers(tmp_path: Path) -> None:
-    """Norms of rows and heads, SwiGLU and rotation inside a whole model, the kernels in Triton's interpreter."""
-    few = {"samples": 2, "tokens_per_microbatch": 192}
+    """Norms of rows and heads, SwiGLU and rotation inside a model, the kernels in Triton's interpreter.
+
+    It starts a program for each row of each kernel, so there is one layer, and one pack of two samples.
+    """
+    few = {"samples": 2, "tokens_per_microbatch": 224}
     liger = few | {"backends": {"layers": "liger"}}
     layouts = Layouts(tmp_path)
-    layouts.add("qwen3_shallow", {1: {"reference": few | REFERENCE | PLAIN, "liger": liger}})
-    layouts.add("qwen3_shallow", {2: {"tp2_sp_recompute": liger | parallel(2, sp=True, **SELECTIVE)}})
+    layouts.add("qwen3_one_layer", {1: {"reference": few | REFERENCE | PLAIN, "liger": liger}})
+    layouts.add("qwen3_one_layer", {2: {"tp2_sp_recompute": liger | parallel(2, sp=True, **SELECTIVE)}})
     layouts.run()

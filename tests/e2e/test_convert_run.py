@@ -27,9 +27,8 @@ def reflectron(*words: str) -> subprocess.CompletedProcess[str]:
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps of the quickstart on two tensor-parallel ranks."""
     folder = tmp_path_factory.mktemp("run")
-    done = reflectron(
-        "train", str(QUICKSTART), f"output_dir={folder}", "train.steps=2", "checkpoint.save_every=2", "seed=3"
-    )
+    small = ["train.steps=2", "batch.global_batch_size=2", "checkpoint.save_every=2", "seed=3"]
+    done = reflectron("train", str(QUICKSTART), f"output_dir={folder}", *small)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -44,6 +44,7 @@ class Run:
 
     folder: Path
     stdout: str
+    stderr: str
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
@@ -56,7 +57,7 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "reflectron.tools.cli", *words]
 
 
-def train(folder: Path, *overrides: str, launcher: list[str] | None = None) -> Run:
+def train(folder: Path, *overrides: str, launcher: list[str] | None = None, **env: str) -> Run:
     """Train in ``folder``; the command starts its ranks itself unless ``launcher`` does."""
     folder.mkdir(exist_ok=True)
     config = folder / "run.yaml"
@@ -64,14 +65,14 @@ def train(folder: Path, *overrides: str, launcher: list[str] | None = None) -> R
     config.write_text(json.dumps(RUN | {"output_dir": str(folder)}), encoding="utf-8")
     words = ["train", str(config), *overrides]
     start = [sys.executable, *launcher, "-m", "reflectron.tools.cli", *words] if launcher else command(*words)
-    done = subprocess.run(start, capture_output=True, text=True, check=False)
+    done = subprocess.run(start, env=os.environ | env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return Run(folder, done.stdout)
+    return Run(folder, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
 def tp2(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tmp_path_factory.mktemp("tp2"), *TP2)
+    return train(tmp_path_factory.mktemp("tp2"), *TP2, PYTHONPROFILEIMPORTTIME="1")
 
 
 def test_metrics(tp2: Run) -> None:
@@ -105,6 +106,13 @@ def test_what_a_run_leaves(tp2: Run) -> None:
     ]
     assert [line for line in lines if line.startswith("backends: attention sdpa (")]
     assert str(tp2.folder / "export") in tp2.stdout
+
+
+def test_what_a_rank_does_not_import(tp2: Run) -> None:
+    """On the CPU, torch's compiler and transformers would be a quarter of its start."""
+    imported = {line.rpartition("|")[2].strip() for line in tp2.stderr.splitlines() if line.startswith("import time:")}
+    assert {"torch", "megatron.core", "reflectron.engine.trainer"} <= imported
+    assert not imported & {"torch._dynamo", "torch._inductor", "transformers"}
 
 
 @pytest.mark.slow

@@ -27,16 +27,8 @@ def test_shards_equal_the_whole_vocabulary(backend: str, size: int, tmp_path: Pa
     # Gloo ranks hold their tensors on the CPU, so the kernels run in the interpreter.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     command = [sys.executable, __file__, str(tmp_path / "store"), backend, str(size)]
-    workers = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]
-    try:
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * size, "\n".join(errors)
+    ranks = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ranks.returncode == 0, ranks.stderr
 
 
 def make_problem(dtype: torch.dtype, vocab_size: int) -> tuple[list[Tensor], PairRows, Rows]:
@@ -82,7 +74,7 @@ def check(group: dist.ProcessGroup, dtype: torch.dtype, vocab_size: int, options
     assert all(torch.equal(loss, losses[0]) for loss in losses), "the loss differs between ranks"
 
 
-def worker(store: str, backend: str, size: int, rank: int) -> None:
+def worker(rank: int, store: str, backend: str, size: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     whole, alone = dist.new_group(list(range(size))), [dist.new_group([owner]) for owner in range(size)]
     # 12 columns leave all of the last shard of two to padding, 13 a part of shard 2 of four and all of shard 3.
@@ -108,4 +100,5 @@ def worker(store: str, backend: str, size: int, rank: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    ranks = int(sys.argv[3])
+    torch.multiprocessing.start_processes(worker, (sys.argv[1], sys.argv[2], ranks), nprocs=ranks, start_method="fork")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,28 @@ SHARED_MEMORY_LIMIT = {90: 232448, 80: 101376}  # the sm_80 tables serve sm_86 a
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("variants", ["usual", "other"])
-def test_kernels_compile_without_spilling(capability: int, dtype: str, variants: str, tmp_path: Path) -> None:
+CASES = list(itertools.product((90, 80), TYPES, ("usual", "other")))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
+    """By case, the figures of each kernel."""
     # A process of its own: where the interpreter is switched on there are no kernels to compile.
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, __file__, str(capability), dtype, variants]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for line in result.stdout.splitlines():
-        figures = json.loads(line)
+    return {case: json.loads(line) for case, line in zip(CASES, result.stdout.splitlines(), strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_kernels_compile_without_spilling(
+    case: tuple[int, str, str], compiled: dict[tuple[int, str, str], list[dict[str, Any]]]
+) -> None:
+    capability, dtype, _ = case
+    assert compiled[case]
+    for figures in compiled[case]:
         print(figures)
         is_tile = figures["kernel"].endswith("_tile")
         assert figures["spill_bytes"] <= (SPILL_LIMIT[dtype] if is_tile else 0), figures
@@ -46,8 +57,8 @@ def test_kernels_compile_without_spilling(capability: int, dtype: str, variants:
             assert figures["tensor_cores"], figures
 
 
-def compile_all(capability: int, dtype: str, variants: str) -> None:
-    """Print the figures of every kernel as a line of JSON."""
+def compile_all(capability: int, dtype: str, variants: str) -> Iterator[dict[str, Any]]:
+    """The figures of every kernel."""
     from reflectron.kernels import decode, forward, tuning
 
     wide, usual = dtype != "bf16", variants == "usual"
@@ -59,22 +70,23 @@ def compile_all(capability: int, dtype: str, variants: str) -> None:
         if tile.descriptors:
             types["hidden"] = f"tensordesc<{dtype}[{tile.rows}, {tile.depth}]>"
             types["weight"] = f"tensordesc<{dtype}[{tile.columns}, {tile.depth}]>"
-        compile_one(kernel, capability, {**constants, "TEMPERED": False}, types, tile.warps, tile.stages)
+        plain = {**constants, "TEMPERED": False}
+        yield compile_one(kernel, capability, plain, types, tile.warps, tile.stages)
         if not usual and kernel is forward.pair_tile:
             tempered = {**constants, "TEMPERED": True, "KEEP": True}
-            compile_one(kernel, capability, tempered, types, tile.warps, tile.stages)
+            yield compile_one(kernel, capability, tempered, types, tile.warps, tile.stages)
     columns = tuning.forward_tile(True, TYPES[dtype], divmod(capability, 10)).columns
     constants = {"WIDE": wide, "INTERPRETED": False, "BM": tuning.DECODE_ROWS, "BN": columns}
     for divergence in ("forward_kl",) if usual else ("reverse_kl", "jsd"):
         constants["DIVERGENCE"] = decode.DIVERGENCES[divergence]
-        compile_one(decode.pair_gradients, capability, constants, {}, tuning.DECODE_WARPS, 2)
+        yield compile_one(decode.pair_gradients, capability, constants, {}, tuning.DECODE_WARPS, 2)
     for kernel in (decode.unpaired_gradients,) if usual else (decode.jsd_sums,):
-        compile_one(kernel, capability, constants, {}, tuning.DECODE_WARPS, 2)
+        yield compile_one(kernel, capability, constants, {}, tuning.DECODE_WARPS, 2)
 
 
 def compile_one(
     kernel: Any, capability: int, constants: dict[str, Any], types: dict[str, str], warps: int, stages: int
-) -> None:
+) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -101,7 +113,7 @@ def compile_one(
     assembly = compiled.asm["ptx"]
     # A row times its stride passes 2^31 at 16k pairs on a vocabulary of 152k.
     assert not re.search(r"muli .*tensor<\d+x1xi32>", compiled.asm["ttir"]), f"32-bit row offsets: {kernel.__name__}"
-    figures = {
+    return {
         "kernel": kernel.__name__,
         "spill_bytes": spilled_bytes(assembly, capability),
         "shared_bytes": compiled.metadata.shared,
@@ -109,7 +121,6 @@ def compile_one(
         "wide_stores": "st.global.v4.b32" in assembly,
         "tensor_cores": "wgmma.mma_async" in assembly if capability == 90 else "mma.sync" in assembly,
     }
-    print(json.dumps(figures))
 
 
 def spilled_bytes(assembly: str, capability: int) -> int:
@@ -126,4 +137,5 @@ def spilled_bytes(assembly: str, capability: int) -> int:
 
 
 if __name__ == "__main__":
-    compile_all(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    for one in CASES:
+        print(json.dumps(list(compile_all(*one))))
