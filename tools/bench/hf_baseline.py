@@ -11,7 +11,6 @@ N tokens of a sample, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,10 +132,10 @@ def logits_device(model: torch.nn.Module) -> torch.device:
 
 
 def attention_implementation(device: torch.device) -> str:
-    """FlashAttention-2 as the published run, where it is installed."""
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2"
-    return "sdpa"
+    """FlashAttention-2 as the published run, where it is installed; version 4 bears its name and is not it."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
 
 
 def is_published_loss(loss: LossConfig) -> bool:
