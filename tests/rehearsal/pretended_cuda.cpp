@@ -259,6 +259,8 @@ void tell_of_copy(const at::Tensor& to, const at::Tensor& from, bool non_blockin
 }
 
 void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  std::optional<c10::InferenceMode> plain;
+  if (c10::InferenceMode::is_enabled()) plain.emplace(false);  // tensors made in it cannot be viewed on the host
   Call call(op);
   auto arguments = torch::jit::pop(*stack, op.schema().arguments().size());
   if (call.name == "aten::record_stream") return;
@@ -318,6 +320,10 @@ struct Nccl final : c10d::Backend {
     auto t = host(tensors);
     return gloo->allreduce(t, options);
   }
+  Work allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) override {
+    auto t = host(tensors);
+    return gloo->allreduce_coalesced(t, options);
+  }
   Work allgather(std::vector<Tensors>& to, Tensors& from, const c10d::AllgatherOptions& options) override {
     auto t = host(to);
     auto f = host(from);
@@ -331,10 +337,23 @@ struct Nccl final : c10d::Backend {
     auto t = host(to), f = host(from);
     return gloo->_reduce_scatter_base(t, f, options);
   }
+  Work allgather_into_tensor_coalesced(Tensors& to, Tensors& from, const c10d::AllgatherOptions& options) override {
+    auto t = host(to), f = host(from);
+    return gloo->allgather_into_tensor_coalesced(t, f, options);
+  }
+  Work reduce_scatter_tensor_coalesced(Tensors& to, Tensors& from, const c10d::ReduceScatterOptions& options) override {
+    auto t = host(to), f = host(from);
+    return gloo->reduce_scatter_tensor_coalesced(t, f, options);
+  }
   Work gather(std::vector<Tensors>& to, Tensors& from, const c10d::GatherOptions& options) override {
     auto t = host(to);
     auto f = host(from);
     return gloo->gather(t, f, options);
+  }
+  Work scatter(Tensors& to, std::vector<Tensors>& from, const c10d::ScatterOptions& options) override {
+    auto t = host(to);
+    auto f = host(from);
+    return gloo->scatter(t, f, options);
   }
   Work barrier(const c10d::BarrierOptions& options) override { return gloo->barrier(options); }
 

@@ -1,7 +1,8 @@
 """A process that takes itself for one with an H100: real tensors of the device ``cuda:0``, computed on the CPU.
 
 ``build`` compiles the extension beside this file, ``environment`` makes Python processes call ``activate`` as they
-start. What torch asks of CUDA from Python is answered here; what it asks from C++, and every operator, by the extension.
+start. What torch asks of CUDA from Python is answered here; what it asks from C++,
+and every operator, by the extension.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import sysconfig
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,7 +34,17 @@ def build(folder: Path) -> Path:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     target = folder / f"{EXTENSION}.so"
-    command = ["g++", "-std=c++20", "-O0", "-fPIC", "-shared", "-w", str(HERE / "pretended_cuda.cpp"), "-o", str(target)]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O0",
+        "-fPIC",
+        "-shared",
+        "-w",
+        str(HERE / "pretended_cuda.cpp"),
+        "-o",
+        str(target),
+    ]
     command += [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     command += [f"-L{path}" for path in library_paths()]
@@ -52,7 +64,9 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
 """
     (extension.parent / "sitecustomize.py").write_text(start, encoding="utf-8")
     variables = {"PYTHONPATH": str(extension.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+    }
     return kept | variables
 
 
@@ -197,6 +211,11 @@ def _add_kernels(extension: ModuleType) -> None:
     # Below autograd nothing can be differentiated; another thread is above it.
     above, host = ThreadPoolExecutor(1), extension.on_host
 
+    def uploaded(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        result = torch.empty(x.shape, dtype=like.dtype, device=like.device)
+        host(result).copy_(x)
+        return result
+
     def product(total: torch.Tensor | float, a: Any, b: Any, out_dtype: Any, out: torch.Tensor) -> torch.Tensor:
         assert a.dtype == b.dtype
         assert a.dtype in (torch.bfloat16, torch.float16)
@@ -212,41 +231,50 @@ def _add_kernels(extension: ModuleType) -> None:
     ) -> torch.Tensor:
         return product(total, a, b, out_dtype, out)
 
-    def attend(leaves: Any, lengths: Any, longest: Any, scale: float) -> torch.Tensor:
+    def attend(inputs: Sequence[torch.Tensor], segments: Sequence[Any], scale: float) -> torch.Tensor:
+        lengths, longest = [host(cumulative) for cumulative in segments[:2]], segments[2:]
         return flash_attn_varlen_func(
-            *leaves,
-            **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), map(host, lengths), strict=True)),
-            **dict(zip(("max_seqlen_q", "max_seqlen_k"), longest, strict=True)),
+            *inputs,
+            cu_seqlens_q=lengths[0],
+            cu_seqlens_k=lengths[1],
+            max_seqlen_q=longest[0],
+            max_seqlen_k=longest[1],
             softmax_scale=scale,
             causal=True,
         )
 
-    def check(inputs: Any, causal: bool, keys: dict[str, Any]) -> None:
-        assert causal
-        assert (keys["window_size_left"], keys["window_size_right"]) == (-1, 0)
+    def check(inputs: Sequence[torch.Tensor], options: Sequence[Any], window: dict[str, Any]) -> None:
+        assert tuple(options[:2]) == (0.0, True), "no dropout, a causal mask"
+        assert (window["window_size_left"], window["window_size_right"]) == (-1, 0)
         for x in inputs:
             assert x.is_cuda
             assert x.dtype in (torch.bfloat16, torch.float16)
             assert x.stride(-1) == 1
             assert x.shape[-1] % 8 == 0
 
-    def flash(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, _: float, causal: bool, __: bool = False,
-              *, scale: float, **keys: Any) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        check((q, k, v), causal, keys)
-        output = attend([host(x).float() for x in (q, k, v)], (cu_q, cu_k), (max_q, max_k), scale)
-        unused = [q.new_zeros(size, dtype=torch.float32) for size in ((q.shape[1], len(q)), (2,), (0,), (0,))]
-        return output.to(q.device, q.dtype), *unused
+    # Arguments: query, key, value; cumulative and greatest lengths of both; dropout and whether it is causal.
+    def flash(*arguments: Any, scale: float, **window: Any) -> tuple[torch.Tensor, ...]:
+        inputs, segments, options = arguments[:3], arguments[3:7], arguments[7:]
+        check(inputs, options, window)
+        query = inputs[0]
+        output = attend([host(x).float() for x in inputs], segments, scale)
+        unused = [
+            query.new_zeros(size, dtype=torch.float32) for size in ((query.shape[1], len(query)), (2,), (0,), (0,))
+        ]
+        return uploaded(output, query), *unused
 
-    def flash_backward(gradient: Any, q: Any, k: Any, v: Any, output: Any, _: Any, cu_q: Any, cu_k: Any, max_q: int,
-                       max_k: int, __: float, causal: bool, *___: Any, scale: float, **keys: Any) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        check((gradient, q, k, v, output), causal, keys)
-        leaves = [host(x).float().requires_grad_() for x in (q, k, v)]
+    # The gradient comes before them, output and logsumexp behind the value.
+    def flash_backward(
+        gradient: torch.Tensor, *arguments: Any, scale: float, **window: Any
+    ) -> tuple[torch.Tensor, ...]:
+        inputs, output, segments, options = arguments[:3], arguments[3], arguments[5:9], arguments[9:]
+        check((gradient, output, *inputs), options, window)
+        leaves = [host(x).float().requires_grad_() for x in inputs]
 
         def differentiate() -> tuple[torch.Tensor, ...]:
-            recomputed = attend(leaves, (cu_q, cu_k), (max_q, max_k), scale)
-            return torch.autograd.grad(recomputed, leaves, host(gradient).float())
+            return torch.autograd.grad(attend(leaves, segments, scale), leaves, host(gradient).float())
 
-        return tuple(x.to(q.device, q.dtype) for x in above.submit(differentiate).result())
+        return tuple(uploaded(x, output) for x in above.submit(differentiate).result())
 
     library.impl("mm.dtype", mm, "CUDA")
     library.impl("addmm.dtype_out", addmm_out, "CUDA")
