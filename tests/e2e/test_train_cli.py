@@ -64,7 +64,8 @@ def train(folder: Path, *overrides: str, launcher: list[str] | None = None) -> R
     config.write_text(json.dumps(RUN | {"output_dir": str(folder)}), encoding="utf-8")
     words = ["train", str(config), *overrides]
     start = [sys.executable, *launcher, "-m", "reflectron.tools.cli", *words] if launcher else command(*words)
-    done = subprocess.run(start, capture_output=True, text=True, check=False)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # as many ranks as are asked for, whatever devices there are
+    done = subprocess.run(start, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Run(folder, done.stdout)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from reflectron.engine.config import Config
+from reflectron.engine.config import BackendsConfig, Config
 from reflectron.tools.planner.traffic import LAYERS, LOGIT_BYTES, SUMMED, UPDATED
 
 # Sides of products, tokens of a segment, elements of a pass, bytes of a collective.
@@ -86,7 +86,9 @@ def measure(device: torch.device) -> dict[str, Any]:
     from reflectron.engine.backends import choose_backends
     from reflectron.tools.bench.calibration_model import host_seconds
 
-    attention = choose_backends(Config(), None, device).attention
+    # Nothing but attention is by choice, and a trial of the other parts compiles kernels for seconds.
+    asked = BackendsConfig(layers="torch", weight_gradient="torch", adamw="torch")
+    attention = choose_backends(Config(backends=asked), None, device).attention
     clock, sizes = Clock(device), SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.random.fork_rng(devices=[]):
