@@ -160,8 +160,10 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 struct Call {
   explicit Call(const c10::OperatorHandle& op)
       : name(op.schema().name()),
-        // What CUDA takes from the host: numbers in elementwise operators.
-        takes_numbers(op.hasTag(at::Tag::pointwise) || name.rfind("aten::_foreach", 0) == 0 || name == "aten::fill_") {}
+        // What CUDA takes from the host: numbers in elementwise operators, and those that are put somewhere.
+        takes_numbers(
+            op.hasTag(at::Tag::pointwise) || name.rfind("aten::_foreach", 0) == 0 || name == "aten::fill_" ||
+            name == "aten::_index_put_impl_") {}
 
   at::Tensor to_host(const at::Tensor& tensor) {
     if (!tensor.defined()) return tensor;
@@ -354,6 +356,20 @@ struct Nccl final : c10d::Backend {
     auto t = host(to);
     auto f = host(from);
     return gloo->scatter(t, f, options);
+  }
+  Work alltoall_base(
+      at::Tensor& to, at::Tensor& from, std::vector<int64_t>& received, std::vector<int64_t>& sent,
+      const c10d::AllToAllOptions& options) override {
+    auto t = host(to), f = host(from);
+    return gloo->alltoall_base(t, f, received, sent, options);
+  }
+  Work send(Tensors& tensors, int rank, int tag) override {
+    auto t = host(tensors);
+    return gloo->send(t, rank, tag);
+  }
+  Work recv(Tensors& tensors, int rank, int tag) override {
+    auto t = host(tensors);
+    return gloo->recv(t, rank, tag);
   }
   Work barrier(const c10d::BarrierOptions& options) override { return gloo->barrier(options); }
 

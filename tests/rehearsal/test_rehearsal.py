@@ -21,9 +21,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from pretended_cuda import build, environment
 
+from reflectron.tools.bench.check_step import TOLERANCES
+from reflectron.tools.bench.tiny_run import write_tiny_run
+
 TESTS = Path(__file__).parents[1]
 # Triton's interpreter computes a row of a layer in milliseconds; Liger's kernels have tests of their own.
 PLAIN_LAYERS = "backends.layers=torch"
+ON_CUDA = ("parallel.device=cuda", "model.dtype=bfloat16", PLAIN_LAYERS)
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,39 +51,62 @@ def run(words: list[str], env: dict[str, str]) -> str:
     return result.stdout
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+class Run:
+    """``reflectron train`` in a folder of its own."""
 
-
-def test_a_run_computes_what_it_does_on_the_cpu(pretending: dict[str, str], tmp_path: Path) -> None:
-    """Training in bfloat16 with all that a plain installation takes on an H100, validation, a resumed checkpoint."""
-    from reflectron.tools.bench.check_step import TOLERANCES
-    from reflectron.tools.bench.tiny_run import write_tiny_run
-
-    found = {}
-    for kind in ("cpu", "cuda"):
-        folder = tmp_path / kind
+    def __init__(self, folder: Path, env: dict[str, str], *overrides: str) -> None:
+        self.folder, self.env = folder, env
         folder.mkdir()
-        path = write_tiny_run(folder)
         data = f"data.validation=[{{path: {folder / 'samples.jsonl'}}}]"
-        words = ["-m", "reflectron.tools.cli", "train", str(path), "parallel.data_parallel_size=1", "train.steps=4"]
-        words += ["optimizer.learning_rate=1e-3", "train.validate_every=4", data]
-        if kind == "cpu":
-            run(words, pretending | {"CUDA_VISIBLE_DEVICES": ""})
-        else:
-            words += ["parallel.device=cuda", "model.dtype=bfloat16", PLAIN_LAYERS]
-            shown = run(words, pretending)
-            for choice in ("attention torch_varlen", "weight_gradient addmm", "adamw torch_fused"):
-                assert f"backends: {choice}" in shown
-            # As if it had been lost behind its checkpoint of step 3.
-            (folder / "run" / "finished.json").unlink()
-            assert "going on after step 3" in run(words, pretending)
-        found[kind] = rows(folder / "run" / "metrics.jsonl"), rows(folder / "run" / "validation.jsonl")
-    for mine, truth in zip(found["cuda"], found["cpu"], strict=True):
-        for one, other in zip(mine, truth, strict=True):
-            assert one["loss"] == pytest.approx(other["loss"], rel=TOLERANCES["bfloat16"]["loss"])
-    for one, other in zip(found["cuda"][0], found["cpu"][0], strict=True):
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCES["bfloat16"]["grad_norm"])
+        self.words = ["-m", "reflectron.tools.cli", "train", str(write_tiny_run(folder)), "train.steps=4", data]
+        self.words += ["optimizer.learning_rate=1e-3", "train.validate_every=4", *overrides]
+        self.shown = run(self.words, env)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "run" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def go_on(self) -> str:
+        """As if it had been lost behind its last checkpoint."""
+        (self.folder / "run" / "finished.json").unlink()
+        return run(self.words, self.env)
+
+
+@pytest.fixture(scope="module")
+def truth(pretending: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run on the CPU, in float32."""
+    env = pretending | {"CUDA_VISIBLE_DEVICES": ""}
+    return Run(tmp_path_factory.mktemp("truth") / "run", env, "parallel.data_parallel_size=1")
+
+
+def check(found: Run, truth: Run) -> None:
+    for name, keys in (("metrics", ("loss", "grad_norm")), ("validation", ("loss",))):
+        for mine, theirs in zip(found.rows(name), truth.rows(name), strict=True):
+            for key in keys:
+                assert mine[key] == pytest.approx(theirs[key], rel=TOLERANCES["bfloat16"][key]), (mine["step"], key)
+
+
+def test_a_run_and_its_resumption_compute_what_the_cpu_does(
+    pretending: dict[str, str], truth: Run, tmp_path: Path
+) -> None:
+    """In bfloat16, with what a plain installation takes on an H100."""
+    found = Run(tmp_path / "run", pretending, *ON_CUDA, "parallel.data_parallel_size=1")
+    for choice in ("attention torch_varlen", "weight_gradient addmm", "adamw torch_fused"):
+        assert f"backends: {choice}" in found.shown
+    check(found, truth)
+    assert "going on after step 3" in found.go_on()
+    check(found, truth)
+
+
+@pytest.mark.parametrize("sizes", [("data",), ("pipeline_model",), ("tensor_model", "sequence"), ("context",)])
+def test_two_ranks_compute_what_one_does(
+    sizes: tuple[str, ...], pretending: dict[str, str], truth: Run, tmp_path: Path
+) -> None:
+    """With the overlaps and the freed outputs that there are on CUDA only; both ranks are on the one device."""
+    words = [f"parallel.{sizes[0]}_parallel_size=2", *(f"parallel.{name}_parallel=true" for name in sizes[1:])]
+    if sizes != ("data",):
+        words.append("parallel.data_parallel_size=1")
+    check(Run(tmp_path / "run", pretending, *ON_CUDA, *words), truth)
 
 
 def test_a_step_waits_for_the_device_once(pretending: dict[str, str], tmp_path: Path) -> None:
