@@ -142,8 +142,8 @@ def run_model(model: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor:
 
 def _take_loss(terms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     # Three results keep megatron-core from dividing by the number of microbatches. The token count is not used:
-    # it must be an integer tensor that can be summed.
-    return terms[0], torch.zeros((), dtype=torch.int, device=terms.device), {"terms": terms.detach()}
+    # it must be an integer tensor that can be summed. On CUDA a pipeline frees its outputs, which a view must not be.
+    return terms[0].clone(), torch.zeros((), dtype=torch.int, device=terms.device), {"terms": terms.detach()}
 
 
 def reduce_terms(sums: torch.Tensor, batch: GlobalBatch, groups: ParallelGroups) -> LossTerms:

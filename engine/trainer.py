@@ -261,13 +261,13 @@ def export_checkpoint(chunks: Sequence[PackedGPT], inputs: ModelInputs, groups: 
     if groups.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
+    groups.barrier()
     export_weights(chunks, inputs.arch, groups, partial)
     if groups.is_main:
         write_description(partial, inputs, chunks[0].config.params_dtype)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    dist.barrier()
+    groups.barrier()
 
 
 def step_metrics(

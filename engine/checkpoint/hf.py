@@ -104,7 +104,7 @@ def export_weights(
                 gathered[name] = whole.to("cpu", copy=True).contiguous()
         if writes:
             _write(gathered, folder / file_name(first + index, total))
-    dist.barrier()
+    groups.barrier()
     if groups.is_main and total > 1:
         write_index([names for plan in plans for names in plan.names], sum(plan.total_bytes for plan in plans), folder)
 

@@ -47,6 +47,10 @@ class ParallelGroups:
         """The rank that writes files and talks to the terminal."""
         return dist.get_rank() == 0
 
+    def barrier(self) -> None:
+        """Wait for the hosts of all ranks, while their devices go on."""
+        dist.barrier(group=self.hosts)
+
 
 def device_type(parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     """The kind of device that ``parallel.device`` stands for on this machine.
@@ -181,7 +185,8 @@ def stop_process_groups() -> None:
     """Leave the job."""
     from megatron.core import parallel_state
 
-    # A rank that leaves early closes connections that others may still be reading from.
-    dist.barrier()
+    # A rank that leaves early closes connections that others may still be reading from. Without its device NCCL guesses
+    # one, and torch warns of it.
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -117,7 +117,9 @@ def check_error(stderr: str, subcommand: str, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_in_a_run(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_a_run(mistake: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Some are mistakes on the CPU only.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     overrides, texts = MISTAKES[mistake]
     assert cli.main([*TRAIN, *overrides]) == 2
     check_error(capsys.readouterr().err, "train", texts)

@@ -1,6 +1,7 @@
 """A training step waits for its device once: counted by CUDA where there is one, elsewhere by the calls that would.
 
-The tests start this file as the one rank of a job: ``test_host_waits.py FOLDER`` writes what it found there.
+The tests start this file as the one rank of a job: ``test_host_waits.py FOLDER [key=value ...]`` writes what it found
+there.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def bad(x: torch.Tensor) -> None:
     torch.tensor([1.0, 2.0], device=x.device)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, overrides: list[str]) -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     from reflectron.engine.parallel.launch import free_port
     from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
@@ -131,7 +132,7 @@ def main(folder: Path) -> None:
     from reflectron.tools.load_config import load_config
 
     os.environ["MASTER_PORT"] = str(free_port())
-    words = ["parallel.data_parallel_size=1", "train.steps=3"]
+    words = ["parallel.data_parallel_size=1", "train.steps=3", *overrides]
     words += ["model.dtype=bfloat16"] if torch.cuda.is_available() else []
     config = load_config(str(write_tiny_run(folder)), words)
     inputs = prepare(config, progress=False)
@@ -152,11 +153,14 @@ def main(folder: Path) -> None:
     if torch.cuda.is_available():
         content["synchronisations"] = synchronisations(step)
     content["reads"], content["uploads"] = count(step)
-    content["bad_reads"], content["bad_uploads"] = count(lambda: bad(torch.ones(3, device=groups.device)))
+    x = torch.ones(3, device=groups.device)
+    if torch.cuda.is_available():
+        content["bad_synchronisations"] = synchronisations(lambda: bad(x))
+    content["bad_reads"], content["bad_uploads"] = count(lambda: bad(x))
     (folder / "found.json").write_text(json.dumps(content))
     list(batches)
     stop_process_groups()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -65,7 +65,9 @@ def train(folder: Path, *overrides: str, launcher: list[str] | None = None, **en
     config.write_text(json.dumps(RUN | {"output_dir": str(folder)}), encoding="utf-8")
     words = ["train", str(config), *overrides]
     start = [sys.executable, *launcher, "-m", "reflectron.tools.cli", *words] if launcher else command(*words)
-    done = subprocess.run(start, env=os.environ | env, capture_output=True, text=True, check=False)
+    # As many ranks as are asked for, whatever devices there are.
+    whole = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | env
+    done = subprocess.run(start, env=whole, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Run(folder, done.stdout, done.stderr)
 

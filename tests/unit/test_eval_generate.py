@@ -33,7 +33,7 @@ def test_greedy_tokens_are_those_of_generate(backend: TransformersBackend) -> No
     assert len({len(ids) for ids in prompts}) == len(prompts), "the prompts need padding"
     batched = backend.generate_ids(prompts, GREEDY, [0, 0, 0])
     for prompt, new in zip(prompts, batched, strict=True):
-        own = backend.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+        own = backend.model.generate(torch.tensor([prompt], device=backend.device), max_new_tokens=12, do_sample=False)
         assert new == own[0, len(prompt) :].tolist()
         assert backend.generate_ids([prompt], GREEDY, [0]) == [new]
 
@@ -48,7 +48,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch(backend: Transformers
 
 def test_samples_have_the_models_distribution(backend: TransformersBackend) -> None:
     prompt, rows = ids_of(backend)[0], 400
-    scores = backend.model(torch.tensor([prompt])).logits[0, -1] / 0.5
+    scores = backend.model(torch.tensor([prompt], device=backend.device)).logits[0, -1] / 0.5
     expected = scores.softmax(-1)
     one = Decoding(max_new_tokens=1, temperature=0.5)
     drawn = [new[0] for new in backend.generate_ids([prompt] * rows, one, list(range(rows)))]

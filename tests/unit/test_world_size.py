@@ -31,7 +31,8 @@ def test_another_number_of_processes_is_refused(replicas: int | None, processes:
         check_world_size(ParallelConfig(**LAYOUT, data_parallel_size=replicas), processes)
 
 
-def test_ranks_that_are_started_on_the_cpu() -> None:
+def test_ranks_that_are_started_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert local_processes(ParallelConfig(**LAYOUT, data_parallel_size=2)) == 48
     assert local_processes(ParallelConfig(device="cpu", **LAYOUT)) == 24
 

@@ -71,10 +71,10 @@ STAGES = {
     for stage in (
         Stage("kernels", "the head's kernels against float64", True, 0.8, _check("kernels")),
         Stage("parity", "back ends of attention, layers and AdamW against float64", True, 0.7, _check("parity")),
-        Stage("step", "training steps against the CPU's", True, 1.0, _check("step")),
-        Stage("calibrate", "the rates that the planner divides by", False, 0.4, _calibrate),
+        Stage("step", "training steps against the CPU's", True, 0.9, _check("step")),
+        Stage("calibrate", "the rates that the planner divides by", False, 0.9, _calibrate),
         Stage(
-            "train", "training steps of a 7B slice", False, 2.7, _train("train", "--shapes", "codellama-7b", *_BUILDS)
+            "train", "training steps of a 7B slice", False, 2.3, _train("train", "--shapes", "codellama-7b", *_BUILDS)
         ),
         Stage(
             "train_34b",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from reflectron.engine.errors import one_line
 from reflectron.tools.bench import peers, providers
 from reflectron.tools.bench.cases import Case, Mode, all_cases, quick_cases, tiny_cases
 from reflectron.tools.bench.inputs import Inputs, Truth, errors, exact, make_inputs
@@ -217,8 +218,7 @@ def _profile(chosen: Sequence[Provider], case: Case, device: torch.device, out: 
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+    return one_line(error)[:200]
 
 
 def _release(device: torch.device) -> None:

@@ -132,10 +132,9 @@ def logits_device(model: torch.nn.Module) -> torch.device:
 
 
 def attention_implementation(device: torch.device) -> str:
-    """FlashAttention-2 as the published run, where it is installed."""
+    """FlashAttention-2 as the published run, where it is installed; version 4 bears its name and is not it."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
-    # flash-attn 4 has the same import name.
     return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
 
 

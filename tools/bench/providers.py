@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reflectron.kernels.distill_head import Backend, PairRows, distillation_head
+from reflectron.kernels.products import add_product, as_factor, product
 from reflectron.tools.bench.inputs import Gradients, Inputs, Terms
 
 FLOOR, OURS = "cublas", "triton"
@@ -63,10 +64,8 @@ class _LinearFp32(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """fp32 product; out_dtype exists on CUDA only, since torch 2.8."""
-    if a.is_cuda and torch.__version__ >= "2.8":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    """fp32 product."""
+    return product(as_factor(a), as_factor(b))
 
 
 # ---- the floor ----
@@ -152,7 +151,7 @@ def compiled() -> Provider:
             loss += value
             for side, gradient, total in zip(h, dz, grads, strict=True):
                 total.append(gradient @ x.weight)
-                _add_product(x.main_grad, gradient.T, side)
+                add_product(x.main_grad, as_factor(gradient.T), as_factor(side))
         return Gradients(loss, torch.cat(grads[0]), torch.cat(grads[1]), x.main_grad)
 
     return Provider(
@@ -183,14 +182,6 @@ def _compiled_loss() -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple
         return value, dz_t.bfloat16(), dz_s.bfloat16()
 
     return torch.compile(loss_and_gradients, dynamic=False)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """fp32 sum; before torch 2.10 addmm refuses one of another type than the factors."""
-    if a.is_cuda and torch.__version__ >= "2.10":
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += _product(a, b)
 
 
 def _sums(z_t: Tensor, z_s: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

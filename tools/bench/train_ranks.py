@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from reflectron.engine.checkpoint.sources import RandomSource
 from reflectron.engine.data.tokenization import TokenizedSample
+from reflectron.engine.errors import one_line
 from reflectron.engine.flops import decoder_shape, training_cost
 from reflectron.engine.model.families import parse_architecture
 from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
@@ -199,7 +200,9 @@ class Shape:
         place = (self.config, self.common["device"], dist.get_world_size())
         for candidate in able:
             candidate.facts |= speed_facts(self.views[rate], self.cost, times[candidate.name], *place)
-            candidate.facts["time_ms_by_group"] = time_by_group(candidate.step, self.groups)
+            # A profiler that fails, as without the right to the device's counters, costs its own numbers only.
+            profile = partial(time_by_group, candidate.step, self.groups)
+            candidate.facts["time_ms_by_group"] = self._attempt(f"{candidate.name}, profiled", profile, rate)
             self._add(candidate.name, rate, candidate.facts)
 
     def _warm_up(self, candidate: Candidate) -> bool:
@@ -219,8 +222,7 @@ class Shape:
             # Other ranks would wait for this one.
             if dist.get_world_size() > 1:
                 raise
-            lines = str(error).strip().splitlines()
-            reason = f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+            reason = one_line(error)[:200]
         # Outside the handler, whose exception holds the tensors of the failed action.
         self._release()
         self._add_reason(name, reason, rate)

@@ -41,7 +41,7 @@ _NAMES = (
 def seconds_of(step: Step, groups: ParallelGroups) -> tuple[float, tuple[float, float]]:
     """Wall time of a step on the slowest rank, and what it returned; every rank calls it."""
     _finish(groups)
-    dist.barrier(group=groups.hosts)
+    groups.barrier()
     began = time.perf_counter()
     result = step()
     _finish(groups)

@@ -46,8 +46,6 @@ def evaluate(trainer: Trainer, report: Callable[[str], None]) -> dict[str, float
     Args:
         report: told why there is no result, when there is none.
     """
-    import torch.distributed as dist
-
     folder = Path(trainer.config.output_dir) / "evaluation.tmp"
     trainer.export(folder / "export")
     trainer.groups.progress.enter("evaluating", slow=True)
@@ -55,7 +53,7 @@ def evaluate(trainer: Trainer, report: Callable[[str], None]) -> dict[str, float
     if trainer.groups.is_main:
         shares = _pass_at_1(trainer.config, folder, report)
         shutil.rmtree(folder, ignore_errors=True)
-    dist.barrier()
+    trainer.groups.barrier()
     return shares
 
 
