@@ -142,8 +142,8 @@ def run_model(model: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor:
 
 def _take_loss(terms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     # Three results keep megatron-core from dividing by the number of microbatches. The token count is not used:
-    # it must be an integer tensor that can be summed. The loss is no view, for on CUDA a pipeline frees what a stage has
-    # put out.
+    # it must be an integer tensor that can be summed. The loss is no view, for on CUDA a pipeline frees what a
+    # stage has put out.
     return terms[0].clone(), torch.zeros((), dtype=torch.int, device=terms.device), {"terms": terms.detach()}
 
 
