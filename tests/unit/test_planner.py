@@ -106,6 +106,9 @@ def test_rings_that_leave_a_machine_share_its_adapters() -> None:
     assert cluster.bus(16, 1) == min(inside, 8 * adapter)
 
 
+LOAD = Load(microbatches=2, sequence_length=128, pairs=8192, segment_length=128, rows=64, tokens=256, useful_flops=1.0)
+
+
 def calibration_file(path: Path, **changed: object) -> Path:
     """Of a machine whose products run at 1e12 and passes at 1e10 a second, tenfold at a hundred times the size."""
     products = [[10, 1000], [10], [10]]
@@ -146,14 +149,11 @@ def test_rates_of_a_calibration_file(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_moves_its_bytes(tmp_path: Path) -> None:
     """Planned with other back ends than those of the calibration: their bytes, at the rate of a copy or a sum."""
-    load = Load(
-        microbatches=2, sequence_length=128, pairs=8192, segment_length=128, rows=64, tokens=256, useful_flops=1.0
-    )
     cluster = make_cluster("A800-80GB", 2, calibration=calibration_file(tmp_path / "rates.json"))
 
     def time(**named: Any) -> StepTime:
         config = Config(backends=BackendsConfig(**named))
-        return predict(config, architecture("codellama-7b"), cluster, load).time
+        return predict(config, architecture("codellama-7b"), cluster, LOAD).time
 
     measured = time()
     assert time(layers="torch").memory_passes > measured.memory_passes
@@ -175,16 +175,13 @@ def test_what_cannot_be_a_cluster(tmp_path: Path) -> None:
 
 def test_host_and_device(tmp_path: Path) -> None:
     """A GPU waits for a slow host, and not for a fast one; on the CPU the times add up."""
-    load = Load(
-        microbatches=2, sequence_length=128, pairs=8192, segment_length=128, rows=64, tokens=256, useful_flops=1.0
-    )
     arch, config = architecture("codellama-7b"), Config()
 
     def time(name: str, seconds: float) -> StepTime:
         host = dict.fromkeys(HOST, seconds)
         plain = vars(STACKS["plain"])
         file = calibration_file(tmp_path / "rates.json", processes=1, backends=plain, host_seconds=host)
-        return predict(config, arch, make_cluster(name, 1, calibration=file), load).time
+        return predict(config, arch, make_cluster(name, 1, calibration=file), LOAD).time
 
     device = time("A800-80GB", 0.0)
     assert device.host == 0

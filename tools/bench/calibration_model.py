@@ -76,7 +76,7 @@ def parts_of_layers(backend: str, device: torch.device, dtype: torch.dtype) -> d
     from megatron.core.transformer import TransformerConfig
 
     config = TransformerConfig(num_layers=1, hidden_size=_WIDTH, num_attention_heads=8, params_dtype=dtype)
-    norm_class, rotate, gate = (_liger_parts if backend == "liger" else _torch_parts)(device, dtype)
+    norm_class, rotation_at, gate = _liger_parts() if backend == "liger" else _torch_parts(dtype)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
@@ -93,8 +93,9 @@ def parts_of_layers(backend: str, device: torch.device, dtype: torch.dtype) -> d
         tokens, width = count // _WIDTH, 128
         # Three query heads share a key head.
         query, key = (random(tokens, 1, heads, width) for heads in (6, 2))
-        angles = torch.rand(tokens, width // 2, device=device)
-        return backward_too(lambda: rotate(query, key, angles), [query, key])
+        # All layers of a microbatch share what is made of its positions.
+        rotate = rotation_at(torch.arange(tokens, device=device), torch.rand(width // 2, device=device))
+        return backward_too(lambda: rotate(query, key), [query, key])
 
     def gated(count: int) -> Action:
         x = random(count // _WIDTH, 1, 2 * _WIDTH)
@@ -103,30 +104,31 @@ def parts_of_layers(backend: str, device: torch.device, dtype: torch.dtype) -> d
     return {"norm": norm, "rotation": rotation, "gated": gated}
 
 
-def _torch_parts(device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], ...]:
+def _torch_parts(dtype: torch.dtype) -> tuple[Callable[..., Any], ...]:
     from reflectron.engine.model.norm import RMSNorm
-    from reflectron.engine.model.rope import rotate
+    from reflectron.engine.model.rope import rotary_tables, rotate
 
-    def rotate_both(query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor) -> list[torch.Tensor]:
-        whole = torch.cat((angles, angles), dim=-1)[:, None]
-        tables = whole.cos().to(dtype), whole.sin().to(dtype)
-        return [rotate(x.squeeze(1), *tables) for x in (query, key)]
+    def rotation_at(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> Callable[..., list[torch.Tensor]]:
+        tables = rotary_tables(position_ids, inv_freq, dtype)
+        return lambda query, key: [rotate(x.squeeze(1), *tables) for x in (query, key)]
 
     def gate(x: torch.Tensor) -> torch.Tensor:
         """As megatron-core's MLP, which adds an offset of 0 (0.16.1)."""
         first, second = torch.chunk(x, 2, dim=-1)
         return torch.nn.functional.silu(first) * (second + 0.0)
 
-    return RMSNorm, rotate_both, gate
+    return RMSNorm, rotation_at, gate
 
 
-def _liger_parts(device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], ...]:
+def _liger_parts() -> tuple[Callable[..., Any], ...]:
     from reflectron.engine.model import liger
+    from reflectron.engine.model.rope import cosines_and_sines
 
-    def rotate_both(query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return liger.rotate(query, key, torch.stack((angles.cos(), angles.sin())))
+    def rotation_at(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]]:
+        tables = cosines_and_sines(position_ids, inv_freq)
+        return lambda query, key: liger.rotate(query, key, tables)
 
-    return liger.LigerRMSNorm, rotate_both, liger.swiglu
+    return liger.LigerRMSNorm, rotation_at, liger.swiglu
 
 
 def summed_or_copied(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[int], Action]]:

@@ -288,11 +288,15 @@ def _collectives(clock: Clock, sizes: dict[str, Any], dtype: torch.dtype) -> dic
 
         return max(often(action) - alone, _LEAST_SECONDS)
 
+    seconds = {(kind, size): behind(kind, size) for kind in COLLECTIVES for size in sizes["bytes"]}
+
     def left(size: int) -> float:
         kinds = ("all_gather", "reduce_scatter")
-        return min(1.0, sum(beside(kind, size) for kind in kinds) / sum(behind(kind, size) for kind in kinds))
+        return min(1.0, sum(beside(kind, size) for kind in kinds) / sum(seconds[kind, size] for kind in kinds))
 
-    tables = {kind: _table([sizes["bytes"]], lambda size, kind=kind: size / behind(kind, size)) for kind in COLLECTIVES}
+    tables = {
+        kind: _table([sizes["bytes"]], lambda size, kind=kind: size / seconds[kind, size]) for kind in COLLECTIVES
+    }
     return {**tables, "exposed": _table([sizes["bytes"]], left)}
 
 

@@ -270,9 +270,13 @@ def _passes_time(run: _Run, full: bool, attention_again: bool, mlp_again: bool) 
 
 
 def _measured_part(run: _Run, part: str) -> str:
-    """Whose rate counts for ``part`` of a layer: its own, if it was measured with the layers that are planned for."""
-    measured = run.cluster.measured
-    return part if measured is not None and measured.separate_layers == run.backends.layers else "copy"
+    """Whose rate counts for ``part``: its own, if it was measured with the back ends that are planned for."""
+    measured, planned = run.cluster.measured, run.backends
+    if measured is None:
+        return "copy"
+    if part == "update":
+        return part if measured.fused_update == planned.fused_update else "copy"
+    return part if measured.separate_layers == planned.layers else "copy"
 
 
 def _quantisation_time(run: _Run) -> float:
@@ -378,12 +382,7 @@ def _update_time(run: _Run, stage: Stage) -> float:
     ranks = run.replicas * run.config.parallel.context_parallel_size
     share = 1 / ranks if run.sharded else 1.0
     cluster, moved = run.cluster, UPDATED[run.backends.fused_update][run.element]
-    part = (
-        "update"
-        if cluster.measured is not None and cluster.measured.fused_update == run.backends.fused_update
-        else "copy"
-    )
-    seconds = 0.0
+    part, seconds = _measured_part(run, "update"), 0.0
     for count, size in _tensors(run, stage):
         seconds += count * cluster.passes(part, size * share, moved)
         seconds += count * cluster.passes("copy", size * (1 - share), 4.0)
