@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def test_seconds_of_a_step(ranks: int, tmp_path: Path) -> None:
     errors = measure([name for name, job in JOBS.items() if job[0] == ranks], ranks, tmp_path)
     print({name: f"{error:+.1%}" for name, error in errors.items()})
     assert all(abs(error) <= TOLERANCE for error in errors.values()), errors
+    assert statistics.median(map(abs, errors.values())) <= TOLERANCE * 2 / 3, errors
 
 
 def wait_for_cores() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +59,6 @@ def test_the_rank_at_fault_is_named_by_the_others(case: str, results: dict[str, 
 def test_a_job_that_comes_to_its_end_is_left_alone(results: dict[str, list[tuple[int, str]]]) -> None:
     for code, output in results["none"]:
         assert code == 0, output
-        # Where no name server answers, torch says so first.
-        assert output.endswith("finished\n")
-        assert "reflectron: " not in output
+        # Where no name server answers, torch warns of it.
+        said = [line for line in output.splitlines() if not re.match(r"(\[rank\d\]:)?\[W\d", line)]
+        assert said == ["finished"], output
