@@ -19,13 +19,13 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from reflectron.engine.config import Config
-from reflectron.engine.errors import one_line
 from reflectron.engine.model.attention_check import disagreement
 from reflectron.engine.model.attention_kernels import AttentionShape
 from reflectron.engine.model.families import Architecture
 from reflectron.engine.model.layer_check import LayerSizes, liger_disagreement, transformer_engine_disagreement
 from reflectron.engine.model.rope import softmax_scale
 from reflectron.engine.parallel.machine import TRANSFORMER_ENGINE
+from reflectron.engine.text import one_line
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import subprocess
 import warnings
 from dataclasses import dataclass
 
-from reflectron.engine.errors import one_line
+from reflectron.engine.text import one_line
 
 
 @dataclass(frozen=True)

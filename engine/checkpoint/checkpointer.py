@@ -40,6 +40,7 @@ from reflectron.engine.checkpoint.training_state import TrainingState
 from reflectron.engine.config import Config
 from reflectron.engine.data.shard import sync
 from reflectron.engine.parallel.process_groups import ParallelGroups
+from reflectron.engine.text import printable
 
 # For the index and the framing of the tensors, beside 2 % of their bytes.
 _SPARE_BYTES = 1 << 20
@@ -240,7 +241,7 @@ def _one_line(error: BaseException) -> str:
         cause = cause.__context__
     if isinstance(cause, OSError) and cause.strerror:
         return f"{cause.filename}: {cause.strerror}" if cause.filename else cause.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _gib(size: int) -> str:

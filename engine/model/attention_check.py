@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from reflectron.engine.data.microbatch import Segments, segments_of, to_device
-from reflectron.engine.errors import one_line
 from reflectron.engine.model.attention_kernels import AttentionKernel, AttentionShape, attention_kernel, sdpa
+from reflectron.engine.text import one_line
 
 # Segments of the check at the start: one token, a part of a tile, a tile and a bit; behind them padding.
 _LENGTHS, _PADDING = (1, 5, 130, 64), 40

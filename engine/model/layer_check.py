@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from reflectron.engine.errors import one_line
 from reflectron.engine.model.rope import cosines_and_sines, rotary_tables, rotate
+from reflectron.engine.text import one_line
 
 _TOKENS = 16
 # Roundings of bfloat16 are below a hundredth; what is wrong is wrong by a large share.

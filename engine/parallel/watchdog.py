@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from reflectron.engine.parallel.launch import SUPERVISED, WATCHDOG_EXIT_CODE
+from reflectron.engine.text import printable
 
 # Building, loading, saving and a first step with its compilations may take so many times longer than anything else.
 SLOW_PHASE_FACTOR = 6
@@ -246,7 +247,9 @@ class Watchdog:
             # Without a store there is nobody to tell.
             with suppress(RuntimeError):
                 order = self._store.add("failures", 1)
-                self.progress.note = replace(self.progress.note, words=_one_line(error), order=order)
+                self.progress.note = replace(
+                    self.progress.note, words=printable(f"{type(error).__name__}: {error}", 500), order=order
+                )
                 self._beat()
         elif SUPERVISED not in os.environ:
             # A launcher may know better, and must be able to end this rank meanwhile.
@@ -340,8 +343,3 @@ def _lost_contact(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text or "closed by peer" in text)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:500]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from reflectron.engine.errors import one_line
+from reflectron.engine.text import one_line
 from reflectron.tools.bench import peers, providers
 from reflectron.tools.bench.cases import Case, Mode, all_cases, quick_cases, tiny_cases
 from reflectron.tools.bench.inputs import Inputs, Truth, errors, exact, make_inputs

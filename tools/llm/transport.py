@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from reflectron.engine.text import one_line, printable
 from reflectron.tools.llm.request import Request, Sampling
 
 FailureKind = Literal[
@@ -85,11 +86,11 @@ class Endpoint:
         except (asyncio.TimeoutError, openai.APITimeoutError):
             raise AttemptFailed("timeout", f"no answer within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise AttemptFailed("connection", _one_line(error.__cause__ or error)) from None
+            raise AttemptFailed("connection", one_line(error.__cause__ or error)) from None
         except openai.APIStatusError as error:
             raise _refused(error.status_code, error.response.headers, error.response.text) from None
         except UnicodeDecodeError as error:
-            raise AttemptFailed("bad json", _one_line(error)) from None
+            raise AttemptFailed("bad json", one_line(error)) from None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -123,7 +124,7 @@ def _reply(body: str, protocol: str) -> Reply:
             raise TypeError(f"the answer is {type(text).__name__}, expected a string")
     # Whatever a broken or cut body meets first.
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise AttemptFailed("bad json", f"{_one_line(error)} in {_one_line(body)!r}") from None
+        raise AttemptFailed("bad json", f"{one_line(error)} in {printable(body, 200)!r}") from None
     finish_reason = choice.get("finish_reason")
     # A turn that the model ends at once is an answer for who continues a raw prompt.
     if not (text or "").strip() and (protocol == "chat" or finish_reason != "stop"):
@@ -139,7 +140,7 @@ def _usage(reported: object) -> tuple[int, int] | None:
 
 
 def _refused(status: int, headers: Mapping[str, str], message: str) -> AttemptFailed:
-    text = f"HTTP {status}: {_one_line(message)}"
+    text = f"HTTP {status}: {printable(message, 200)}"
     if status in (401, 403, 404) or "insufficient_quota" in message:
         return AttemptFailed("not authorised", text)
     if status == 429:
@@ -159,8 +160,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         date = email.utils.parsedate_tz(value)
         return None if date is None else max(email.utils.mktime_tz(date) - time.time(), 0.0)
-
-
-def _one_line(error: object) -> str:
-    text = " ".join((str(error) or type(error).__name__).split())
-    return text if len(text) <= 200 else text[:197] + "..."
