@@ -12,7 +12,8 @@ import pytest
 
 from reflectron.tools.eval.answers import DataUnpickler
 from reflectron.tools.eval.problems import find_data, find_problems, load_problems
-from reflectron.tools.eval.score import Sample, describe, read_samples, summarize
+from reflectron.tools.eval.samples import Sample, read_samples
+from reflectron.tools.eval.score import describe, summarize
 from reflectron.tools.eval.verdict import Verdict
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -1,7 +1,7 @@
 """Runs inside a sandbox: a program comes in, then calls of a function of it; what each call brings goes out.
 
-Messages are plain data in both directions, from stdin and to stdout as they are at the start; the program has neither
-under these numbers. What is written here can be forged by the program, so the reader takes it for no more than answers.
+Messages are plain data in both directions, through stdin and stdout as they are at the start; the program's own are
+others. What is written here can be forged by the program, so the reader takes it for no more than answers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import types
 from itertools import islice
 from typing import Any, BinaryIO
 
-from reflectron.tools.eval.check_messages import LIMITS, MOST_ITEMS, Call, Program, first_not_data
-from reflectron.tools.sandbox.plain_data import PlainDataError, encode, read_message, write_message
+from reflectron.tools.eval.check_messages import JOB_FILE, LIMITS, MOST_ITEMS, Call, Program, first_not_data
+from reflectron.tools.sandbox.plain_data import PlainDataError, decode, encode, read_message, write_message
 
 _PRINTED_CHARACTERS = 1 << 20
 _TEXT_CHARACTERS = 1000
@@ -29,7 +29,8 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
         os.dup2(nothing, descriptor)
-    program: Program = read_message(calls, LIMITS)
+    with open(JOB_FILE, "rb") as file:
+        program: Program = read_message(file, LIMITS)
     printed = _Printed()
     with contextlib.redirect_stdout(printed):
         try:
@@ -66,7 +67,6 @@ def _answer(function: Any, call: Call) -> dict[str, Any]:
     try:
         if encode(call, LIMITS) != before:
             answer["arguments"] = call
-        encode(answer, LIMITS)
     except PlainDataError as error:
         return {"kind": "unfit", "reason": str(error)}
     return answer
@@ -97,8 +97,8 @@ def _raised(error: BaseException) -> dict[str, Any]:
     """An exception as plain data: the names of its classes, nearest first, and what it was made of."""
     names = [kind.__name__ for kind in type.mro(type(error))]
     try:
-        arguments = tuple(error.args)
-        if first_not_data(arguments) is None and len(encode(arguments, LIMITS)) <= _ARGUMENTS_BYTES:
+        encoded = encode(tuple(error.args), LIMITS)
+        if len(encoded) <= _ARGUMENTS_BYTES and first_not_data(arguments := decode(encoded, LIMITS)) is None:
             return {"classes": names, "arguments": arguments}
     except BaseException:
         # Whatever a program's own exception does when it is asked.

@@ -12,31 +12,41 @@ LIMITS = DataLimits(message_bytes=64 << 20, nodes=1 << 22)
 MOST_ITEMS = 100_000
 """Of an iterator that is the answer: its items are taken out where it lives."""
 
+JOB_FILE = "job.data"
+REPORT_MARK = "\nreport: "
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments by position and by name."""
 
 
 class Program(TypedDict):
-    """The first message to the process of the function."""
+    """What the process of the function finds in ``JOB_FILE``."""
 
     code: str
     entry_point: str
 
 
 class Test(TypedDict):
-    """The first message to the process of the test."""
+    """A test, as the problem has it."""
 
     prompt: str
     test: str
     entry_point: str
+
+
+class Tests(TypedDict):
+    """What the process of the test finds in ``JOB_FILE``."""
+
+    tests: list[Test]
+    """One; several for a probe."""
     patience: float
-    """Seconds of the clock that an answer may take."""
+    """Seconds of the clock that all answers together may take."""
     probe: bool
-    """Whether to end at the first call, which nobody answers."""
+    """Whether to end each test at its first call, which nobody answers."""
 
 
 class Report(TypedDict):
-    """The last message of the process of the test."""
+    """What the process of the test says at its end, as JSON behind ``REPORT_MARK`` on stderr, test by test."""
 
     ended: Literal["pass", "fail", "timeout", "silent", "called", "impossible"]
     """``silent``: the function's process ended before it answered. ``called``: the first call of a probe.

@@ -94,7 +94,7 @@ def _judge_one(
     try:
         return judge(sample), ""
     except Exception as error:
-        # What a program can bring about is not to be listed; where nothing runs any longer it is not the sample's doing.
+        # What a program can bring about is not to be listed; where nothing runs any longer it was not the sample.
         if not _sandbox_works(kind):
             raise
         reason = one_line(error)

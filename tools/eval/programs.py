@@ -7,9 +7,7 @@ that are installed are used; which are missing is said.
 
 from __future__ import annotations
 
-import math
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -17,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reflectron.tools.eval.problems import Dataset, Problem, ProblemFile
-from reflectron.tools.eval.score import Sample, Score, summarize, tracked, worker_pool
-from reflectron.tools.eval.verdict import Verdict
+from reflectron.engine.text import printable
+from reflectron.tools.eval.problems import Dataset, Problem
+from reflectron.tools.eval.samples import Sample
+from reflectron.tools.eval.verdict import Verdict, Verdicts
 from reflectron.tools.sandbox.process import Limits, Outcome, SandboxKind, run_sandboxed, sandbox_folder
 
 # Of the clock; what counts is the CPU time, so that a loaded machine passes what an idle one passes.
@@ -29,16 +28,6 @@ MEMORY_BYTES = 4 << 30
 
 # Without these a JVM reserves more address space than that.
 _SMALL_JVM = ("-Xmx1g", "-XX:CompressedClassSpaceSize=64m", "-XX:ReservedCodeCacheSize=64m")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgramLimits:
-    """What a command line says about running programs."""
-
-    check_seconds: float = 10.0
-    """CPU time of a program with a ``check`` of one's own; benchmarks have theirs."""
-    java_classes: Path | None = None
-    """The jar of javatuples 1.2, which MultiPL-E's Java problems import."""
 
 
 @dataclass(frozen=True)
@@ -75,55 +64,33 @@ TOOLCHAINS = {
 _PYTHON = Toolchain("problem.py", ((sys.executable, "-I", "problem.py"),), cpu_seconds=120)
 
 
-def score_programs(
-    file: ProblemFile,
-    problems: Sequence[Problem],
-    samples: Sequence[Sample],
-    limits: ProgramLimits,
-    kind: SandboxKind,
-    workers: int,
-) -> Score:
-    """Judge every sample whose toolchain is installed, each in a sandbox of its own; prints shares of groups.
-
-    Args:
-        workers: samples judged at once; 0 takes a core each, as far as memory allows.
+def with_toolchain(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of MultiPL-E that can be run here; prints which languages are left out.
 
     Raises:
-        ValueError: when nothing can be judged.
+        ValueError: when there is none.
     """
-    missing = missing_toolchains(problems) if file.dataset == "multipl-e" else {}
+    missing = missing_toolchains(problems)
     for language, what in missing.items():
-        print(f"{language} is left out: {what}")
-    by_id = {problem.task_id: problem for problem in problems}
-    samples = [s for s in samples if by_id[s.task_id].record.get("language") not in missing]
-    if not samples:
+        print(f"{printable(language)} is left out: {what}")
+    languages = {problem.task_id: problem.record["language"] for problem in problems}
+    left = [sample for sample in samples if languages[sample.task_id] not in missing]
+    if not left:
         raise ValueError("nothing can be scored: no toolchain of these problems is installed")
-    jobs = [(file.dataset, by_id[sample.task_id], sample.code, limits, kind) for sample in samples]
-    with worker_pool(workers, MEMORY_BYTES) as pool:
-        verdicts = list(tracked(pool.map(_judge, jobs), len(jobs), "judging"))
-    for group, share in shares_by_group(file.dataset, problems, samples, verdicts).items():
-        print(f"{group:<12} {100 * share:.1f}")
-    return summarize(file.name, samples, verdicts)
+    return left
 
 
 def shares_by_group(
-    dataset: Dataset, problems: Sequence[Problem], samples: Sequence[Sample], verdicts: Sequence[tuple[Verdict]]
+    dataset: Dataset, problems: Sequence[Problem], samples: Sequence[Sample], verdicts: Sequence[Verdicts]
 ) -> dict[str, float]:
-    """Share of samples that pass, by language (MultiPL-E) or library (DS-1000); one's own have no groups."""
-    if dataset == "functions":
+    """Share of samples that pass, by language (MultiPL-E) or library (DS-1000); others have no groups."""
+    if dataset not in ("multipl-e", "ds1000"):
         return {}
     groups = {p.task_id: p.record.get("language") or p.record["metadata"]["library"] for p in problems}
     passed: dict[str, list[bool]] = {}
-    for sample, (verdict,) in zip(samples, verdicts, strict=True):
+    for sample, (verdict, *_) in zip(samples, verdicts, strict=True):
         passed.setdefault(groups[sample.task_id], []).append(verdict.status == "pass")
     return {group: sum(values) / len(values) for group, values in passed.items()}
-
-
-def _judge(job: tuple[Dataset, Problem, str, ProgramLimits, SandboxKind]) -> tuple[Verdict]:
-    dataset, problem, code, limits, kind = job
-    if dataset == "functions":
-        return (judge_function(problem, code, limits.check_seconds, kind),)
-    return (judge_program(problem, code, kind, limits.java_classes),)
 
 
 def missing_toolchains(problems: Sequence[Problem]) -> dict[str, str]:
@@ -155,30 +122,6 @@ def judge_program(problem: Problem, code: str, kind: SandboxKind, java_classes: 
             if outcome.ended != "exited" or outcome.returncode:
                 return _verdict(outcome)
     return Verdict("pass")
-
-
-def judge_function(problem: Problem, code: str, cpu_seconds: float, kind: SandboxKind) -> Verdict:
-    """Run one sample with the ``check`` of a problem of one's own.
-
-    The program passes when it comes to its end, where it says a word that the code under test cannot know: one that
-    exits early has passed nothing.
-    """
-    word = secrets.token_hex(16)
-    toolchain = Toolchain("problem.py", _PYTHON.steps, math.ceil(cpu_seconds))
-    with sandbox_folder() as folder:
-        program = function_program(problem, code, word)
-        (folder / toolchain.file).write_text(program, encoding="utf-8", errors="replace")
-        outcome = _run(toolchain.steps[0], folder, toolchain, kind)
-    if outcome.ended != "exited" or outcome.returncode:
-        return _verdict(outcome)
-    if not outcome.stdout.endswith(f"{word}\n"):
-        return Verdict("fail", got="the program ended before its check did")
-    return Verdict("pass")
-
-
-def function_program(problem: Problem, code: str, last_word: str) -> str:
-    """Code and test of a problem with HumanEval's fields, put together as its own ``check_correctness`` does."""
-    return f"{code}\n{problem.record['test']}\ncheck({problem.entry_point})\nprint({last_word!r})\n"
 
 
 def ds1000_program(problem: Problem, code: str) -> str:

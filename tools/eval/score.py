@@ -1,31 +1,38 @@
 """``reflectron eval score``: completions in, pass@k out; of HumanEval+ and MBPP+ as evalplus 0.3.1 counts it.
 
-Nothing is downloaded and nothing of an earlier run is taken for a result: only expected answers are kept, by content.
+Nothing is downloaded. Verdicts are kept as they are made, by all that determines them, and so are expected answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from reflectron.tools.eval.problems import Problem, ProblemFile, add_problem_arguments, find_problems, load_problems
-from reflectron.tools.eval.rows import read_json_lines, write_text
-from reflectron.tools.eval.verdict import SUITES, Verdict
+from reflectron.tools.eval.functions import check_tests, judge_function
+from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, tracked
+from reflectron.tools.eval.problems import (
+    Dataset,
+    Problem,
+    ProblemFile,
+    add_problem_arguments,
+    find_problems,
+    load_problems,
+)
+from reflectron.tools.eval.programs import judge_program, shares_by_group, with_toolchain
+from reflectron.tools.eval.rows import write_text
+from reflectron.tools.eval.samples import Sample, read_samples
+from reflectron.tools.eval.verdict import SUITES, Verdict, Verdicts
+from reflectron.tools.eval.verdict_file import VerdictFile, verdict_keys
 from reflectron.tools.sandbox.process import SandboxKind, add_sandbox_arguments, choose_sandbox
 
 if TYPE_CHECKING:
-    from concurrent.futures import ProcessPoolExecutor
-
-    from reflectron.tools.eval.judge import JudgeLimits, Task
-
-T = TypeVar("T")
+    from reflectron.tools.eval.judge import Expectation, JudgeLimits, Task
 
 _PASS_AT = (1, 10, 100)
 _SHOWN_FAILURES = 10
@@ -47,16 +54,6 @@ class Score(TypedDict):
     """Samples of each task, by suite."""
     failed: list[dict[str, Any]]
     """Every sample that does not pass plus, with its first failing input."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One program for a task."""
-
-    task_id: str
-    number: int
-    """Among those of its task, in the file's order."""
-    code: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     file = find_problems(args.dataset, args.data)
     problems = load_problems(file.dataset, file.path)
     samples = read_samples(Path(args.completions), problems, partial=args.partial)
-    result = score_samples(args, file, problems, samples, limits, kind)
+    # Beside what is asked for, whatever the folder of the completions allows.
+    beside = Path(args.json or args.completions.removesuffix(".gz"))
+    result = score_samples(args, file, problems, samples, limits, kind, beside.with_suffix(".verdicts.jsonl"))
     print(describe(result))
     if args.json:
         write_text(Path(args.json), json.dumps(result, indent=2) + "\n")
@@ -106,35 +105,6 @@ def scoring_limits(args: argparse.Namespace) -> JudgeLimits:
     return JudgeLimits(input_seconds=args.min_time_limit)
 
 
-def read_samples(path: Path, problems: Sequence[Problem], *, partial: bool) -> list[Sample]:
-    """Completions as evalplus reads them: a ``solution`` is a program, a ``completion`` follows the prompt.
-
-    Raises:
-        ValueError: naming the line that is no completion, or how many tasks have none (unless ``partial``).
-    """
-    prompts = {problem.task_id: problem.prompt for problem in problems}
-    counts: dict[str, int] = {}
-    samples = []
-    for number, row in read_json_lines(path):
-        task_id = row.get("task_id")
-        if task_id not in prompts:
-            raise ValueError(f"{path}:{number} has task_id {task_id!r}, which the data set does not have")
-        code = row.get("solution")
-        if code is None and isinstance(row.get("completion"), str):
-            code = prompts[task_id] + row["completion"]
-        if not isinstance(code, str):
-            raise ValueError(f"{path}:{number} has neither a text 'solution' nor a text 'completion'")
-        samples.append(Sample(task_id, counts.setdefault(task_id, 0), code))
-        counts[task_id] += 1
-    missing = [task_id for task_id in prompts if task_id not in counts]
-    if missing and not (partial and samples):
-        raise ValueError(
-            f"{path} has no completion for {len(missing)} of {len(prompts)} tasks, such as {missing[0]}; "
-            "--partial scores the others"
-        )
-    return samples
-
-
 def score_samples(
     args: argparse.Namespace,
     file: ProblemFile,
@@ -142,45 +112,73 @@ def score_samples(
     samples: Sequence[Sample],
     limits: JudgeLimits,
     kind: SandboxKind,
+    verdicts: Path,
 ) -> Score:
     """Judge every sample as its data set asks for; ``args`` are those of ``add_scoring_arguments``.
 
-    Raises:
-        ValueError: when no toolchain for the samples is installed.
-    """
-    if file.dataset in ("humaneval", "mbpp"):
-        return score(file.dataset, problems, samples, limits, kind, args.workers)
-    from reflectron.tools.eval.programs import ProgramLimits, score_programs
+    Args:
+        verdicts: the file that keeps them; those that are there already are not made again.
 
+    Raises:
+        ValueError: when no toolchain for the samples is installed, or a problem's own test cannot work.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
+    """
+    workers = affordable_workers(args.workers, limits.memory_bytes)
     java_classes = Path(args.javatuples) if args.javatuples else None
     if java_classes is not None and not java_classes.is_file():
         raise ValueError(f"{java_classes} is not a file (--javatuples)")
-    program_limits = ProgramLimits(check_seconds=limits.input_seconds, java_classes=java_classes)
-    return score_programs(file, problems, samples, program_limits, kind, args.workers)
+    if file.dataset == "multipl-e":
+        samples = with_toolchain(problems, samples)
+    with VerdictFile(verdicts) as kept:
+        keys = verdict_keys(file.dataset, problems, samples, limits, kind, args.javatuples)
+        unjudged = {sample.task_id for sample, key in zip(samples, keys, strict=True) if key not in kept.verdicts}
+        wanted = [problem for problem in problems if problem.task_id in unjudged]
+        judge = _judge_of(file.dataset, wanted, limits, kind, java_classes, workers)
+        suites = len(SUITES) if file.dataset in ("humaneval", "mbpp") else 1
+        found = judge_samples(samples, keys, judge, kept, suites=suites, workers=workers, kind=kind)
+    for group, share in shares_by_group(file.dataset, problems, samples, found).items():
+        print(f"{group:<12} {100 * share:.1f}")
+    return summarize(file.name, samples, found)
 
 
-def score(
-    dataset: Literal["humaneval", "mbpp"],
+def _judge_of(
+    dataset: Dataset,
     problems: Sequence[Problem],
-    samples: Sequence[Sample],
     limits: JudgeLimits,
     kind: SandboxKind,
-    workers: int = 0,
-) -> Score:
-    """Judge every sample, each in a sandbox of its own.
+    java_classes: Path | None,
+    workers: int,
+) -> Callable[[Sample], Verdicts]:
+    """What judges one sample of ``problems``, after what all samples of a problem need has been made or checked."""
+    by_id = {problem.task_id: problem for problem in problems}
+    if dataset == "humaneval" or dataset == "mbpp":
+        return _evalplus_judge(dataset, problems, limits, kind, workers)
+    if dataset == "functions":
+        check_tests(problems, kind, workers)
+        return lambda sample: (judge_function(by_id[sample.task_id], sample.code, limits.input_seconds, kind),)
+    return lambda sample: (judge_program(by_id[sample.task_id], sample.code, kind, java_classes),)
 
-    Args:
-        workers: samples judged at once; 0 takes a core each, as far as memory allows what each may use.
-    """
-    wanted = {sample.task_id for sample in samples}
-    tasks = {problem.task_id: make_task(dataset, problem) for problem in problems if problem.task_id in wanted}
-    jobs = [(tasks[sample.task_id], sample.code, limits, kind) for sample in samples]
-    expected = [(task, kind) for task in tasks.values()]
-    with worker_pool(workers, limits.memory_bytes) as pool:
-        # Before any sample, or the samples of one task would all make them.
-        list(tracked(pool.map(_prepare, expected), len(expected), "expected answers"))
-        verdicts = list(tracked(pool.map(_judge, jobs), len(jobs), "judging"))
-    return summarize(dataset, samples, verdicts)
+
+def _evalplus_judge(
+    dataset: Literal["humaneval", "mbpp"],
+    problems: Sequence[Problem],
+    limits: JudgeLimits,
+    kind: SandboxKind,
+    workers: int,
+) -> Callable[[Sample], Verdicts]:
+    from reflectron.tools.eval.judge import cached_expectation, judge_sample
+
+    tasks = {problem.task_id: make_task(dataset, problem) for problem in problems}
+    expectations: dict[str, Expectation] = {}
+
+    def expect(task: Task) -> None:
+        expectations[task.task_id] = cached_expectation(task, expectations_folder(), kind)
+
+    # Before any sample, or the samples of one task would all make them.
+    with contextlib.closing(in_threads(expect, tasks.values(), workers)) as made:
+        for _ in tracked(made, len(tasks), "expected answers"):
+            pass
+    return lambda sample: judge_sample(tasks[sample.task_id], sample.code, expectations[sample.task_id], limits, kind)
 
 
 def make_task(dataset: Literal["humaneval", "mbpp"], problem: Problem) -> Task:
@@ -272,40 +270,3 @@ def _failure(sample: Sample, verdicts: dict[str, Verdict], suite: str) -> dict[s
 def expectations_folder() -> Path:
     """Where expected answers are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reflectron" / "eval"
-
-
-def _prepare(job: tuple[Task, SandboxKind]) -> None:
-    from reflectron.tools.eval.judge import cached_expectation
-
-    task, kind = job
-    cached_expectation(task, expectations_folder(), kind)
-
-
-def _judge(job: tuple[Task, str, JudgeLimits, SandboxKind]) -> tuple[Verdict, Verdict]:
-    from reflectron.tools.eval.judge import cached_expectation, judge_sample
-
-    task, code, limits, kind = job
-    return judge_sample(task, code, cached_expectation(task, expectations_folder(), kind), limits, kind)
-
-
-def worker_pool(workers: int, memory_bytes: int) -> ProcessPoolExecutor:
-    """Processes that judge.
-
-    Args:
-        workers: how many; 0 is a core each, as far as the free memory has ``memory_bytes`` for each.
-    """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    import psutil
-
-    affordable = min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // memory_bytes)
-    # Fresh processes: judges are forked from them, and must inherit neither threads nor a model.
-    return ProcessPoolExecutor(workers or max(affordable, 1), mp_context=multiprocessing.get_context("spawn"))
-
-
-def tracked(results: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """``results``, with a progress bar on a terminal."""
-    from rich.progress import track
-
-    return track(results, description=what, total=total, disable=not sys.stderr.isatty(), transient=True)

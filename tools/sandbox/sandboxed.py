@@ -69,7 +69,7 @@ class Sandboxed:
             writable = {inside: folder.absolute() for inside, folder in writable.items()}
             writable[wall.SCRATCH] = on_error.enter_context(sandbox_folder())
             self.stdout_fd, stdout = _pipe(on_error, theirs)
-            self._stderr_fd, stderr = _pipe(on_error, theirs)
+            self.stderr_fd, stderr = _pipe(on_error, theirs)
             self._status_fd, status = _pipe(on_error, theirs)
             inherited: list[int] = []
             if kind == "bubblewrap":
@@ -115,7 +115,7 @@ class Sandboxed:
 
     def communicate(self, deadline: float) -> tuple[str, str]:
         """Stdout and stderr until the program ends or is killed for a limit, ``deadline`` (monotonic) being one."""
-        texts = {self.stdout_fd: bytearray(), self._stderr_fd: bytearray()}
+        texts = {self.stdout_fd: bytearray(), self.stderr_fd: bytearray()}
         room = self._limits.output_bytes
         with selectors.DefaultSelector() as selector:
             for descriptor in texts:
