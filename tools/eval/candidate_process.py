@@ -15,7 +15,7 @@ import types
 from itertools import islice
 from typing import Any, BinaryIO
 
-from reflectron.tools.eval.check_messages import JOB_FILE, LIMITS, MOST_ITEMS, Call, Program, first_not_data
+from reflectron.tools.eval.check_messages import JOB_FILE, JOB_LIMITS, LIMITS, MOST_ITEMS, Call, Program, first_not_data
 from reflectron.tools.sandbox.plain_data import PlainDataError, decode, encode, read_message, write_message
 
 _PRINTED_CHARACTERS = 1 << 20
@@ -30,7 +30,7 @@ def main() -> None:
     for descriptor in (0, 1):
         os.dup2(nothing, descriptor)
     with open(JOB_FILE, "rb") as file:
-        program: Program = read_message(file, LIMITS)
+        program: Program = read_message(file, JOB_LIMITS)
     printed = _Printed()
     with contextlib.redirect_stdout(printed):
         try:

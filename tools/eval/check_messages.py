@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict
 
 from reflectron.tools.sandbox.plain_data import DataLimits, NotData
 
+JOB_LIMITS = DataLimits(message_bytes=1 << 31)
 LIMITS = DataLimits(message_bytes=64 << 20, nodes=1 << 22)
 """Of one call or answer."""
 MOST_ITEMS = 100_000
@@ -54,6 +55,8 @@ class Report(TypedDict):
     input: str
     expected: str
     got: str
+    number: int
+    """Of the test."""
 
 
 def first_not_data(value: Any, *, classes: bool = False) -> str | None:

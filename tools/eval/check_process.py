@@ -22,7 +22,16 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Literal, NoReturn
 
-from reflectron.tools.eval.check_messages import JOB_FILE, LIMITS, REPORT_MARK, Report, Test, Tests, first_not_data
+from reflectron.tools.eval.check_messages import (
+    JOB_FILE,
+    JOB_LIMITS,
+    LIMITS,
+    REPORT_MARK,
+    Report,
+    Test,
+    Tests,
+    first_not_data,
+)
 from reflectron.tools.sandbox.plain_data import PlainDataError, decode, encode, read_message, write_message
 
 _SHOWN_CHARACTERS = 300
@@ -38,23 +47,22 @@ def main() -> None:
     for descriptor in range(3):
         os.dup2(nothing, descriptor)
     with open(JOB_FILE, "rb") as file:
-        job: Tests = read_message(file, LIMITS)
+        job: Tests = read_message(file, JOB_LIMITS)
     stream = io.BufferedReader(_PatientPipe(answers, job["patience"]), 1 << 16)
-    checks = [_Check(test, stream, calls, report, probe=job["probe"]) for test in job["tests"]]
-    if not job["probe"]:
-        checks[0].run()
-    for check in checks:
-        check.probe()
+    for number, test in enumerate(job["tests"]):
+        check = _Check(number, test, stream, calls, report)
+        if job["probe"]:
+            check.probe()
+        else:
+            check.run()
 
 
 class _Check:
     """One run of a test."""
 
-    def __init__(
-        self, test: Test, answers: io.BufferedReader, calls: BinaryIO, report: BinaryIO, *, probe: bool
-    ) -> None:
+    def __init__(self, number: int, test: Test, answers: io.BufferedReader, calls: BinaryIO, report: BinaryIO) -> None:
+        self._number, self._probing = number, False
         self._test, self._answers, self._calls, self._report = test, answers, calls, report
-        self._loaded, self._probe = False, probe
         self._asked = self._told = ""
         self._raised: BaseException | None = None
         self._names: dict[str, Any] = {"__name__": "test"}
@@ -62,6 +70,7 @@ class _Check:
 
     def probe(self) -> None:
         """Run in a process of its own and report, also where that is killed."""
+        self._probing = True
         child = os.fork()
         if child == 0:
             signal.alarm(_PROBE_SECONDS)
@@ -84,11 +93,17 @@ class _Check:
             linecache.cache[_TEST_FILE] = (0, None, self._test["test"].splitlines(True), _TEST_FILE)
             exec(compile(self._test["test"], _TEST_FILE, "exec"), self._names)
             check = self._names["check"]
+            if not self._probing:
+                self._wait_until_loaded()
             self._names[name] = candidate
             check(candidate)
         except BaseException as error:
             self._fail(error)
         self._end("pass")
+
+    def _wait_until_loaded(self) -> None:
+        if (answer := self._receive()).get("kind") != "loaded":
+            self._end("fail", f"the program cannot be loaded: {_described(self._exception(answer))}")
 
     def _candidate(self, name: str) -> Any:
         def candidate(*arguments: Any, **named: Any) -> Any:
@@ -99,13 +114,8 @@ class _Check:
 
     def _call(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         self._send(arguments, named)
-        if self._probe:
+        if self._probing:
             self._end("called")
-        while not self._loaded:
-            if (answer := self._receive()).get("kind") != "loaded":
-                self._told = ""
-                self._end("fail", f"the program cannot be loaded: {_described(self._exception(answer))}")
-            self._loaded = True
         answer = self._receive()
         if isinstance(answer.get("printed"), str):
             print(answer["printed"], end="")
@@ -202,7 +212,9 @@ class _Check:
         os._exit(0)
 
     def _say(self, ended: _Ending, got: str = "", expected: str = "") -> None:
-        report = Report(ended=ended, input=self._asked, expected=expected, got=got[:_SHOWN_CHARACTERS])
+        report = Report(
+            ended=ended, input=self._asked, expected=expected, got=got[:_SHOWN_CHARACTERS], number=self._number
+        )
         self._report.write((REPORT_MARK + json.dumps(report)).encode())
         self._report.flush()
 

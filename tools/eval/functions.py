@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reflectron.engine.text import printable
-from reflectron.tools.eval.check_messages import JOB_FILE, LIMITS, REPORT_MARK, Program, Report, Test, Tests
+from reflectron.tools.eval.check_messages import JOB_FILE, JOB_LIMITS, REPORT_MARK, Program, Report, Test, Tests
 from reflectron.tools.eval.judging import in_threads, tracked
 from reflectron.tools.eval.problems import Problem
 from reflectron.tools.eval.verdict import Verdict
@@ -73,11 +73,17 @@ def _mistakes(problems: Sequence[Problem], kind: SandboxKind) -> list[tuple[str,
         argv = _staged_tests(problems, folder, 0.0, probe=True)
         limits = _limits(seconds, _PATIENCE * seconds)
         outcome = run_sandboxed(kind, argv, folder=folder, limits=limits, environment=_ENVIRONMENT)
-    reports = _reports(outcome)
-    if len(reports) < len(problems):
-        return [(problems[len(reports)].task_id, f"its test cannot be tried: {_ended(outcome).got}")]
-    mistakes = [(p.task_id, _mistake(p.entry_point, report)) for p, report in zip(problems, reports, strict=True)]
-    return [found for found in mistakes if found[1]]
+    reports: dict[int, Report] = {}
+    for report in _reports(outcome):
+        # The first: a test may call its candidate from a process of its own, and end there and here.
+        reports.setdefault(report["number"], report)
+    mistakes = []
+    for number, problem in enumerate(problems):
+        if number not in reports:
+            return [*mistakes, (problem.task_id, f"its test cannot be tried: {_ended(outcome).got}")]
+        if reason := _mistake(problem.entry_point, reports[number]):
+            mistakes.append((problem.task_id, reason))
+    return mistakes
 
 
 def _mistake(name: str, report: Report) -> str:
@@ -101,7 +107,7 @@ def _staged_tests(problems: Sequence[Problem], folder: Path, patience: float, *,
 
 def _write_job(folder: Path, job: Program | Tests) -> None:
     with (folder / JOB_FILE).open("wb") as file:
-        write_message(file, dict(job), LIMITS)
+        write_message(file, dict(job), JOB_LIMITS)
 
 
 def _limits(cpu_seconds: int, wall_seconds: float) -> Limits:
@@ -122,7 +128,8 @@ def _verdict(dialogue: Dialogue) -> Verdict:
     if not reports:
         ended = _ended(dialogue.asking)
         return Verdict(ended.status, got=f"the test came to no result: {ended.got}")
-    report = reports[-1]
+    # A test may use processes of its own, each of which reports.
+    report = next((report for report in reports if report["ended"] != "pass"), reports[-1])
     ended, arguments = report["ended"], report["input"]
     if ended == "silent":
         why = _ended(dialogue.answering)
