@@ -19,10 +19,10 @@ import psutil
 import pytest
 import yaml
 
+from reflectron.tools.sandbox.home import sandbox_folder
 from reflectron.tools.sandbox.interpreter import Execution
 from reflectron.tools.sandbox.limits import Limits, SandboxKind
 from reflectron.tools.sandbox.pool import InterpreterPool
-from reflectron.tools.sandbox.sandboxed import sandbox_folder
 from reflectron.tools.sandbox.wall import python_paths
 
 pytestmark = pytest.mark.slow

@@ -141,7 +141,7 @@ def _verdict(dialogue: Dialogue) -> Verdict:
 
 def _ended(outcome: Outcome) -> Verdict:
     """How a process ended that should have gone on."""
-    if outcome.ended in ("wall_time", "cpu_time"):
+    if outcome.ended in ("wall_time", "cpu_time", "idle"):
         return Verdict("timeout", got=f"limit: {outcome.ended}")
     if outcome.ended != "exited":
         return Verdict("fail", got="a signal" if outcome.ended == "signal" else f"limit: {outcome.ended}")

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from reflectron.tools.eval.samples import Sample, unfit
 from reflectron.tools.eval.verdict import Verdict, Verdicts
 from reflectron.tools.eval.verdict_file import VerdictFile
 from reflectron.tools.sandbox import usage
+from reflectron.tools.sandbox.home import home
 from reflectron.tools.sandbox.process import Limits, SandboxKind, run_sandboxed, sandbox_folder
 
 T = TypeVar("T")
@@ -140,13 +142,21 @@ def _kill_until_done(futures: Sequence[Future[R]]) -> None:
     """Kill the sandboxes of this process until no thread has one left to wait for: they would run to their limits."""
     while any(future.running() for future in futures):
         for child in usage.children(os.getpid()):
-            with contextlib.suppress(OSError):
-                # A sandbox leads a session of its own; what removes its folder does not, and comes to its end.
-                if os.getsid(child) == child:
-                    for pid in [*usage.process_tree(child)[1:], child]:
-                        with contextlib.suppress(OSError):
-                            os.kill(pid, signal.SIGKILL)
+            if _is_sandbox(child):
+                for pid in [*usage.process_tree(child)[1:], child]:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _is_sandbox(child: int) -> bool:
+    """Whether a child leads a session of its own in a folder of ours; what removes such a folder leads none."""
+    folder = str(home().folder)
+    with contextlib.suppress(OSError):
+        if os.getsid(child) == child:
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            return folder.encode() in command or os.readlink(f"/proc/{child}/cwd").startswith(folder)
+    return False
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ def _visible(program: Path | None) -> list[Path]:
 
 
 def _verdict(outcome: Outcome) -> Verdict:
-    if outcome.ended in ("wall_time", "cpu_time"):
+    if outcome.ended in ("wall_time", "cpu_time", "idle"):
         return Verdict("timeout", got=f"limit: {outcome.ended}")
     if outcome.ended not in ("exited", "signal"):
         return Verdict("fail", got=f"limit: {outcome.ended}")

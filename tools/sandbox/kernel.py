@@ -24,8 +24,9 @@ from jupyter_client.connect import KernelConnectionInfo
 
 from reflectron.tools.sandbox import wall
 from reflectron.tools.sandbox.channels import Cell, Channels
+from reflectron.tools.sandbox.home import sandbox_folder
 from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind
-from reflectron.tools.sandbox.sandboxed import Sandboxed, sandbox_folder
+from reflectron.tools.sandbox.sandboxed import Sandboxed
 
 Status = Literal["ok", "error", "died"] | Breach
 
@@ -33,6 +34,7 @@ _CHANNELS = "/kernel"
 _START_SECONDS = 120.0
 _INTERRUPT_SECONDS = 2.0
 # Generous, for a loaded machine: all connections of a kernel that ends are cut at once.
+_LOOK_SECONDS = 0.5
 _CUT_SECONDS, _DEATH_SECONDS = 1.0, 10.0
 _READ_BYTES = 1 << 16
 # "ready" is written when all sockets listen; from there on the kernel takes the place of file descriptor 1.
@@ -61,6 +63,7 @@ _REASONS: dict[str, str] = {
     "processes": "it started {0.processes} processes or threads",
     "disk": "it wrote more than {0.folder_bytes} bytes or {0.folder_files} files",
     "output": "it printed more than {0.output_bytes} bytes",
+    "idle": "it was stopped, or slept for longer than {0.cpu_seconds} s",
 }
 
 
@@ -142,7 +145,9 @@ class Kernel:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return "wall_time"
-            news = self._channels.receive(cell, self._sandboxed.stdout_fd, remaining)
+            if self._process.stands_still():
+                return "idle"
+            news = self._channels.receive(cell, self._sandboxed.stdout_fd, min(remaining, _LOOK_SECONDS))
             cut = news == "cut"
             if news == "died" or (cut and self._channels.gone(_CUT_SECONDS)):
                 self._process.wait(time.monotonic() + _DEATH_SECONDS)

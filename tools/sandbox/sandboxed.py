@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import secrets
 import selectors
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from reflectron.tools.sandbox import wall
+from reflectron.tools.sandbox.home import home, sandbox_folder
 from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind
 from reflectron.tools.sandbox.seccomp import seccomp_program
 from reflectron.tools.sandbox.watch import WatchedProcess
@@ -89,8 +90,12 @@ class Sandboxed:
                 )
             else:
                 argv = [*wall.launcher(limits, count_processes=False), *argv]
+            groups = home().groups
+            group = groups.new(secrets.token_hex(8), limits) if groups is not None else None
+            if group is not None:
+                on_error.callback(group.close)
             self.process = WatchedProcess(
-                argv,
+                wall.starter(argv, group.path if group is not None else None),
                 limits=limits,
                 folders=list(writable.values()),
                 environment=wall.environment(kind, writable, environment),
@@ -99,6 +104,8 @@ class Sandboxed:
                 stdout=stdout,
                 stderr=stderr,
                 pass_fds=inherited,
+                walled=kind == "bubblewrap",
+                group=group,
             )
             self._resources = on_error.pop_all()
 
@@ -122,6 +129,8 @@ class Sandboxed:
                 selector.register(descriptor, selectors.EVENT_READ)
             while selector.get_map() and time.monotonic() < deadline:
                 ended = self.process.ended()
+                if self.process.stands_still():
+                    self.process.stop("idle")
                 ready = selector.select(0.05)
                 # Where there is no wall, a process left behind may hold the pipes open.
                 if ended and not ready:
@@ -135,8 +144,11 @@ class Sandboxed:
                 if room < 0:
                     self.process.stop("output")
                     break
-        if not self.process.wait(deadline):
-            self.process.stop("wall_time")
+        while not self.process.wait(min(deadline, time.monotonic() + 0.5)):
+            if time.monotonic() >= deadline:
+                self.process.stop("wall_time")
+            elif self.process.stands_still():
+                self.process.stop("idle")
         stdout, stderr = (bytes(text).decode(errors="replace") for text in texts.values())
         return stdout, stderr
 
@@ -165,22 +177,11 @@ class Sandboxed:
         # Written by bubblewrap outside of the wall, and only if the program ran.
         if self._status is None:
             self._status = os.read(self._status_fd, _READ_BYTES)
-        if b'"exit-code"' not in self._status:
+        # bubblewrap itself ends with 1 where it fails; above 128 it was told of a signal that ended all of the sandbox.
+        if b'"exit-code"' not in self._status and not 128 < code < 128 + signal.NSIG:
             raise OSError(f"bubblewrap made no sandbox: {stderr.strip() or f'exit code {code}'}")
         # Like a shell it adds 128 to the number of a signal.
         return 128 - code if 128 < code < 128 + signal.NSIG else code
-
-
-@contextlib.contextmanager
-def sandbox_folder() -> Iterator[Path]:
-    """A new folder that is removed at the end, however deep and unreadable what a program left there is."""
-    folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
-    try:
-        yield folder
-    finally:
-        # shutil.rmtree recurses, and ends where folders are deeper than Python's stack.
-        subprocess.run(["chmod", "-R", "u+rwX", "--", folder], capture_output=True, check=False)
-        subprocess.run(["rm", "-rf", "--", folder], check=True)
 
 
 def _seccomp_fd(theirs: contextlib.ExitStack) -> int | None:
