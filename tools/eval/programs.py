@@ -1,13 +1,14 @@
-"""Samples of MultiPL-E, DS-1000 and one's own problems come in, each runs with its tests in a sandbox.
+"""Samples of MultiPL-E and DS-1000 come in, each runs with its tests in one program, in a sandbox.
 
 A program passes when it exits with 0, as the benchmarks' own scripts have it (MultiPL-E ``evaluation/src/eval_*.py``,
-DS-1000 ``test_ds1000.py``); with a ``check`` of one's own it must also have come to the program's end. Only toolchains
-that are installed are used; which are missing is said.
+DS-1000 ``test_ds1000.py``), and has come to the end of its tests, which they do not ask for: one that exits early with
+0 fails here. Only toolchains that are installed are used; which are missing is said.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ TOOLCHAINS = {
         "Problem.java",
         (
             ("javac", *(f"-J{option}" for option in _SMALL_JVM), "-encoding", "UTF8", "-cp", _CLASSES, "Problem.java"),
-            ("java", *_SMALL_JVM, "-ea", "-cp", _CLASSES, "Problem"),
+            ("java", *_SMALL_JVM, "-ea", "-cp", _CLASSES, "EndOfTests"),
         ),
     ),
     "js": Toolchain("problem.js", (("node", "problem.js"),)),
@@ -61,7 +62,30 @@ TOOLCHAINS = {
 }
 """By MultiPL-E's name of the language."""
 
-_PYTHON = Toolchain("problem.py", ((sys.executable, "-I", "problem.py"),), cpu_seconds=120)
+# What a program does where its tests end: it says what it finds on its standard input.
+_END_OF_TESTS = {
+    "java": "class EndOfTests { public static void main(String[] args) throws Throwable { Problem.main(args);"
+    " for (int mark; (mark = System.in.read()) >= 0;) System.out.write(mark); System.out.flush(); } }",
+    "js": ";require('fs').writeSync(1, require('fs').readFileSync(0));",
+    "cpp": ";for (int mark; (mark = std::getchar()) != EOF;) std::putchar(mark);",
+    "php": "fwrite(STDOUT, stream_get_contents(STDIN));",
+    "swift": "while let mark = readLine() { print(mark) }",
+    "rs": ";std::io::copy(&mut std::io::stdin(), &mut std::io::stdout()).unwrap();",
+}
+
+# The mark is out of reach of a program that replaces itself by another one.
+_RUN_PYTHON = """
+import os
+def main():
+    mark, said = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with open("problem.py", encoding="utf-8") as file:
+        program = compile(file.read(), "problem.py", "exec")
+    exec(program, {"__name__": "__main__"})
+    os.write(said, os.read(mark, 64))
+main()
+"""
+_PYTHON = Toolchain("problem.py", ((sys.executable, "-I", "-c", _RUN_PYTHON),), cpu_seconds=120)
 
 
 def with_toolchain(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Sample]:
@@ -105,23 +129,41 @@ def missing_toolchains(problems: Sequence[Problem]) -> dict[str, str]:
 
 
 def judge_program(problem: Problem, code: str, kind: SandboxKind, java_classes: Path | None) -> Verdict:
-    """Run one sample with its tests.
+    """Run one sample with its tests; it passes when it exits with 0 and has come to the end of its tests.
 
     Args:
         java_classes: the jar of javatuples 1.2, which MultiPL-E's Java problems import.
     """
     language = problem.record.get("language")
     toolchain = TOOLCHAINS[language] if language else _PYTHON
+    program = multipl_e_program(problem, code) if language else ds1000_program(problem, code)
+    # In no file and in no memory of the program's before its tests have ended, unless it reads its standard input.
+    mark = secrets.token_hex(16)
     with sandbox_folder() as folder:
-        source = folder / toolchain.file
-        source.write_text(code + "\n" + problem.record["tests"] if language else ds1000_program(problem, code))
+        (folder / toolchain.file).write_bytes(program.encode(errors="replace"))
         if language == "java" and java_classes is not None:
             shutil.copyfile(java_classes, folder / "javatuples.jar")
         for step in toolchain.steps:
-            outcome = _run(step, folder, toolchain, kind)
+            outcome = _run(step, folder, toolchain, kind, mark if step is toolchain.steps[-1] else "")
             if outcome.ended != "exited" or outcome.returncode:
                 return _verdict(outcome)
-    return Verdict("pass")
+    return Verdict("pass") if mark in outcome.stdout else Verdict("fail", got="the program ended before its tests did")
+
+
+def multipl_e_program(problem: Problem, code: str) -> str:
+    """Answer and tests of a MultiPL-E problem, with what says that the tests have ended."""
+    language, tests = problem.record["language"], problem.record["tests"]
+    end = _END_OF_TESTS[language]
+    if language in ("cpp", "rs"):
+        # Their tests are the body of `main`, which ends with the file.
+        before, brace, after = tests.rpartition("}")
+        tests = f"{before}{end}{brace}{after}"
+    elif language == "php" and tests.rstrip().endswith("?>"):
+        tests = f"{tests}<?php {end}"
+    else:
+        tests = f"{tests}\n{end}\n"
+    include = "#include <cstdio>\n" if language == "cpp" else ""
+    return f"{include}{code}\n{tests}"
 
 
 def ds1000_program(problem: Problem, code: str) -> str:
@@ -131,7 +173,7 @@ def ds1000_program(problem: Problem, code: str) -> str:
     return f"{context}\ncode = {code!r}\ntest_execution(code)\n{checks}"
 
 
-def _run(step: Sequence[str], folder: Path, toolchain: Toolchain, kind: SandboxKind) -> Outcome:
+def _run(step: Sequence[str], folder: Path, toolchain: Toolchain, kind: SandboxKind, stdin: str) -> Outcome:
     program = step[0]
     found = None if program.startswith("./") else _found(program)
     limits = Limits(
@@ -142,7 +184,10 @@ def _run(step: Sequence[str], folder: Path, toolchain: Toolchain, kind: SandboxK
     )
     argv = [str(found or program), *step[1:]]
     environment = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return run_sandboxed(kind, argv, folder=folder, limits=limits, read_only=_visible(found), environment=environment)
+    visible = _visible(found)
+    return run_sandboxed(
+        kind, argv, folder=folder, limits=limits, stdin=stdin, read_only=visible, environment=environment
+    )
 
 
 def _found(program: str) -> Path | None:
