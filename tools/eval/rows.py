@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 
-def read_json_lines(path: Path, *, errors: Literal["strict", "surrogateescape"] = "strict") -> Iterator[
-    tuple[int, dict[str, Any]]
-]:
+def read_json_lines(
+    path: Path, *, errors: Literal["strict", "surrogateescape"] = "strict"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and row of every line that is not blank; ``.gz`` files are read as they are.
 
     Args:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
@@ -21,9 +22,8 @@ from reflectron.tools.eval.verdict import SUITES, Verdict
 from reflectron.tools.sandbox.process import SandboxKind, add_sandbox_arguments, choose_sandbox
 
 if TYPE_CHECKING:
-    from concurrent.futures import ProcessPoolExecutor
-
-    from reflectron.tools.eval.judge import JudgeLimits, Task
+    from reflectron.tools.eval.expectations import Task
+    from reflectron.tools.eval.judge import JudgeLimits
 
 T = TypeVar("T")
 
@@ -172,14 +172,15 @@ def score(
     Args:
         workers: samples judged at once; 0 takes a core each, as far as memory allows what each may use.
     """
+    from reflectron.tools.eval.judge import Judge
+
     wanted = {sample.task_id for sample in samples}
     tasks = {problem.task_id: make_task(dataset, problem) for problem in problems if problem.task_id in wanted}
-    jobs = [(tasks[sample.task_id], sample.code, limits, kind) for sample in samples]
-    expected = [(task, kind) for task in tasks.values()]
-    with worker_pool(workers, limits.memory_bytes) as pool:
-        # Before any sample, or the samples of one task would all make them.
-        list(tracked(pool.map(_prepare, expected), len(expected), "expected answers"))
-        verdicts = list(tracked(pool.map(_judge, jobs), len(jobs), "judging"))
+    with Judge(limits, kind, expectations_folder()) as judge, worker_pool(workers, limits.memory_bytes) as pool:
+        # Before any sample, or the samples of one task would all wait for them.
+        list(tracked(pool.map(judge.prepare, tasks.values()), len(tasks), "expected answers"))
+        judged = pool.map(lambda sample: judge.judge(tasks[sample.task_id], sample.code), samples)
+        verdicts = list(tracked(judged, len(samples), "judging"))
     return summarize(dataset, samples, verdicts)
 
 
@@ -187,7 +188,7 @@ def make_task(dataset: Literal["humaneval", "mbpp"], problem: Problem) -> Task:
     """A published row as what its function is called with."""
     from evalplus.data.mbpp import mbpp_deserialize_inputs
 
-    from reflectron.tools.eval.judge import Task
+    from reflectron.tools.eval.expectations import Task
 
     base, plus = problem.record["base_input"], problem.record["plus_input"]
     if dataset == "mbpp":
@@ -274,34 +275,16 @@ def expectations_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reflectron" / "eval"
 
 
-def _prepare(job: tuple[Task, SandboxKind]) -> None:
-    from reflectron.tools.eval.judge import cached_expectation
-
-    task, kind = job
-    cached_expectation(task, expectations_folder(), kind)
-
-
-def _judge(job: tuple[Task, str, JudgeLimits, SandboxKind]) -> tuple[Verdict, Verdict]:
-    from reflectron.tools.eval.judge import cached_expectation, judge_sample
-
-    task, code, limits, kind = job
-    return judge_sample(task, code, cached_expectation(task, expectations_folder(), kind), limits, kind)
-
-
-def worker_pool(workers: int, memory_bytes: int) -> ProcessPoolExecutor:
-    """Processes that judge.
+def worker_pool(workers: int, memory_bytes: int) -> ThreadPoolExecutor:
+    """Threads that judge; what they judge runs in processes of its own.
 
     Args:
         workers: how many; 0 is a core each, as far as the free memory has ``memory_bytes`` for each.
     """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     import psutil
 
     affordable = min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // memory_bytes)
-    # Fresh processes: judges are forked from them, and must inherit neither threads nor a model.
-    return ProcessPoolExecutor(workers or max(affordable, 1), mp_context=multiprocessing.get_context("spawn"))
+    return ThreadPoolExecutor(workers or max(affordable, 1))
 
 
 def tracked(results: Iterable[T], total: int, what: str) -> Iterable[T]:
