@@ -51,7 +51,7 @@ def judge_samples(
 
     Raises:
         OSError: when no sandbox can be made any longer, or a verdict cannot be kept.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a line on stderr that says how to resume.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     missing = [number for number, key in enumerate(keys) if key not in kept.verdicts]
     if len(missing) < len(samples):
@@ -67,24 +67,30 @@ def judge_samples(
 
     not_judged: dict[int, Verdicts] = {}
     first_reason = ""
+    with contextlib.closing(in_threads(judged, missing, workers)) as results:
+        for number, verdicts, reason in tracked(results, len(missing), "judging"):
+            if reason:
+                not_judged[number], first_reason = verdicts, first_reason or reason
+            else:
+                kept.write(keys[number], samples[number], verdicts)
+    if not_judged:
+        print(f"{len(not_judged)} samples could not be judged and count as failed: {first_reason}", file=sys.stderr)
+    return [not_judged[n] if n in not_judged else kept.verdicts[key] for n, key in enumerate(keys)]
+
+
+@contextlib.contextmanager
+def says_how_to_resume(keys: Sequence[str], kept: VerdictFile) -> Iterator[None]:
+    """After Ctrl-C or SIGTERM say on stderr what is kept."""
     try:
-        with contextlib.closing(in_threads(judged, missing, workers)) as results:
-            for number, verdicts, reason in tracked(results, len(missing), "judging"):
-                if reason:
-                    not_judged[number], first_reason = verdicts, first_reason or reason
-                else:
-                    kept.write(keys[number], samples[number], verdicts)
+        yield
     except KeyboardInterrupt:
         done = sum(key in kept.verdicts for key in keys)
         print(
-            f"stopped: {done} of {len(samples)} samples are judged, and {kept.path} keeps their verdicts; "
+            f"stopped: {done} of {len(keys)} samples are judged, and {kept.path} keeps their verdicts; "
             "the same command resumes from there",
             file=sys.stderr,
         )
         raise
-    if not_judged:
-        print(f"{len(not_judged)} samples could not be judged and count as failed: {first_reason}", file=sys.stderr)
-    return [not_judged[n] if n in not_judged else kept.verdicts[key] for n, key in enumerate(keys)]
 
 
 def _judge_one(

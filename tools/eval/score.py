@@ -10,12 +10,12 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from reflectron.tools.eval.functions import check_tests, judge_function
-from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, tracked
+from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, says_how_to_resume, tracked
 from reflectron.tools.eval.problems import (
     Dataset,
     Problem,
@@ -32,10 +32,13 @@ from reflectron.tools.eval.verdict_file import VerdictFile, verdict_keys
 from reflectron.tools.sandbox.process import SandboxKind, add_sandbox_arguments, choose_sandbox
 
 if TYPE_CHECKING:
-    from reflectron.tools.eval.judge import Expectation, JudgeLimits, Task
+    from reflectron.tools.eval.expectations import Task
+    from reflectron.tools.eval.judge import Judge, JudgeLimits
 
 _PASS_AT = (1, 10, 100)
 _SHOWN_FAILURES = 10
+# A test of one's own calls its function about that often.
+_CALLS_FACTOR = 10
 
 
 class Score(TypedDict):
@@ -69,7 +72,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``eval score`` and ``eval run`` have in common."""
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="samples at once; 0: cores and memory say")
     parser.add_argument(
-        "--min-time-limit", type=float, default=10.0, metavar="S", help="CPU seconds an input has at least (10)"
+        "--min-time-limit", type=float, default=1.0, metavar="S", help="CPU seconds an input has at least (1)"
     )
     parser.add_argument("--javatuples", metavar="JAR", help="javatuples-1.2.jar, for MultiPL-E's Java problems")
     add_sandbox_arguments(parser)
@@ -133,14 +136,18 @@ def score_samples(
         keys = verdict_keys(file.dataset, problems, samples, limits, kind, args.javatuples)
         unjudged = {sample.task_id for sample, key in zip(samples, keys, strict=True) if key not in kept.verdicts}
         wanted = [problem for problem in problems if problem.task_id in unjudged]
-        judge = _judge_of(file.dataset, wanted, limits, kind, java_classes, workers)
         suites = len(SUITES) if file.dataset in ("humaneval", "mbpp") else 1
-        found = judge_samples(samples, keys, judge, kept, suites=suites, workers=workers, kind=kind)
+        with (
+            says_how_to_resume(keys, kept),
+            _judge_of(file.dataset, wanted, limits, kind, java_classes, workers) as judge,
+        ):
+            found = judge_samples(samples, keys, judge, kept, suites=suites, workers=workers, kind=kind)
     for group, share in shares_by_group(file.dataset, problems, samples, found).items():
         print(f"{group:<12} {100 * share:.1f}")
     return summarize(file.name, samples, found)
 
 
+@contextlib.contextmanager
 def _judge_of(
     dataset: Dataset,
     problems: Sequence[Problem],
@@ -148,44 +155,38 @@ def _judge_of(
     kind: SandboxKind,
     java_classes: Path | None,
     workers: int,
-) -> Callable[[Sample], Verdicts]:
+) -> Iterator[Callable[[Sample], Verdicts]]:
     """What judges one sample of ``problems``, after what all samples of a problem need has been made or checked."""
     by_id = {problem.task_id: problem for problem in problems}
     if dataset == "humaneval" or dataset == "mbpp":
-        return _evalplus_judge(dataset, problems, limits, kind, workers)
-    if dataset == "functions":
+        from reflectron.tools.eval.judge import Judge
+
+        with Judge(limits, kind, expectations_folder()) as judge:
+            yield _evalplus_judge(judge, dataset, problems, workers)
+    elif dataset == "functions":
         check_tests(problems, kind, workers)
-        return lambda sample: (judge_function(by_id[sample.task_id], sample.code, limits.input_seconds, kind),)
-    return lambda sample: (judge_program(by_id[sample.task_id], sample.code, kind, java_classes),)
+        seconds = _CALLS_FACTOR * limits.input_seconds
+        yield lambda sample: (judge_function(by_id[sample.task_id], sample.code, seconds, kind),)
+    else:
+        yield lambda sample: (judge_program(by_id[sample.task_id], sample.code, kind, java_classes),)
 
 
 def _evalplus_judge(
-    dataset: Literal["humaneval", "mbpp"],
-    problems: Sequence[Problem],
-    limits: JudgeLimits,
-    kind: SandboxKind,
-    workers: int,
+    judge: Judge, dataset: Literal["humaneval", "mbpp"], problems: Sequence[Problem], workers: int
 ) -> Callable[[Sample], Verdicts]:
-    from reflectron.tools.eval.judge import cached_expectation, judge_sample
-
     tasks = {problem.task_id: make_task(dataset, problem) for problem in problems}
-    expectations: dict[str, Expectation] = {}
-
-    def expect(task: Task) -> None:
-        expectations[task.task_id] = cached_expectation(task, expectations_folder(), kind)
-
-    # Before any sample, or the samples of one task would all make them.
-    with contextlib.closing(in_threads(expect, tasks.values(), workers)) as made:
+    # Before any sample, or the samples of one task would all wait for them.
+    with contextlib.closing(in_threads(judge.prepare, tasks.values(), workers)) as made:
         for _ in tracked(made, len(tasks), "expected answers"):
             pass
-    return lambda sample: judge_sample(tasks[sample.task_id], sample.code, expectations[sample.task_id], limits, kind)
+    return lambda sample: judge.judge(tasks[sample.task_id], sample.code)
 
 
 def make_task(dataset: Literal["humaneval", "mbpp"], problem: Problem) -> Task:
     """A published row as what its function is called with."""
     from evalplus.data.mbpp import mbpp_deserialize_inputs
 
-    from reflectron.tools.eval.judge import Task
+    from reflectron.tools.eval.expectations import Task
 
     base, plus = problem.record["base_input"], problem.record["plus_input"]
     if dataset == "mbpp":

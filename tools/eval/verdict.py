@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from reflectron.engine.text import printable
@@ -23,9 +23,12 @@ class Verdict:
     expected: str = ""
     got: str = ""
     """Of the first input that failed, shortened; for ``got`` also the error."""
+    longer: str = ""
+    """Status with ten seconds of CPU time an input, where the limit on it decided; else empty."""
 
     def __post_init__(self) -> None:
         assert self.status in STATUSES, self.status
+        assert self.longer in ("", *STATUSES), self.longer
         for name in ("input", "expected", "got"):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
@@ -45,12 +48,12 @@ def from_row(row: Any) -> Verdicts:
     Raises:
         ValueError: when ``row`` is something else.
     """
-    fields = {"status", "input", "expected", "got"}
+    names = {field.name for field in fields(Verdict)}
     if not isinstance(row, list) or not 1 <= len(row) <= len(SUITES):
         raise ValueError("expected a list of verdicts")
     for item in row:
-        if not isinstance(item, dict) or item.keys() != fields or not all(isinstance(v, str) for v in item.values()):
-            raise ValueError(f"expected a verdict with the texts {', '.join(sorted(fields))}")
-        if item["status"] not in STATUSES:
+        if not isinstance(item, dict) or item.keys() != names or not all(isinstance(v, str) for v in item.values()):
+            raise ValueError(f"expected a verdict with the texts {', '.join(sorted(names))}")
+        if item["status"] not in STATUSES or item["longer"] not in ("", *STATUSES):
             raise ValueError(f"expected a status of {', '.join(STATUSES)}")
     return tuple(Verdict(**item) for item in row)
