@@ -78,7 +78,8 @@ class _Check:
         _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) == -signal.SIGALRM:
             self._say("fail", f"it takes longer than {_PROBE_SECONDS} s")
-        elif status:
+        else:
+            # Read only where the test left without a report.
             self._say("fail", f"its process ends with exit code {os.waitstatus_to_exitcode(status)}")
 
     def run(self) -> NoReturn:

@@ -59,14 +59,14 @@ def check_tests(problems: Sequence[Problem], kind: SandboxKind, workers: int) ->
         ValueError: naming the problem and what is wrong with its test.
     """
     batches = [problems[start : start + _PROBED_AT_ONCE] for start in range(0, len(problems), _PROBED_AT_ONCE)]
-    with contextlib.closing(in_threads(lambda batch: _mistakes(batch, kind), batches, workers)) as results:
+    with contextlib.closing(in_threads(lambda batch: mistakes_in_tests(batch, kind), batches, workers)) as results:
         found = sorted(itertools.chain.from_iterable(tracked(results, len(batches), "looking at tests")))
     if found:
         more = f", and {len(found) - 1} more problems have such faults" if len(found) > 1 else ""
         raise ValueError(f"problem {printable(found[0][0])} cannot be judged: {printable(found[0][1])}{more}")
 
 
-def _mistakes(problems: Sequence[Problem], kind: SandboxKind) -> list[tuple[str, str]]:
+def mistakes_in_tests(problems: Sequence[Problem], kind: SandboxKind) -> list[tuple[str, str]]:
     """Tasks whose tests can pass no program, or fail none, and why."""
     seconds = _TEST_SECONDS * len(problems)
     with sandbox_folder() as folder:
