@@ -77,7 +77,7 @@ def mistakes_in_tests(problems: Sequence[Problem], kind: SandboxKind) -> list[tu
     for report in _reports(outcome):
         # The first: a test may call its candidate from a process of its own, and end there and here.
         reports.setdefault(report["number"], report)
-    mistakes = []
+    mistakes: list[tuple[str, str]] = []
     for number, problem in enumerate(problems):
         if number not in reports:
             return [*mistakes, (problem.task_id, f"its test cannot be tried: {_ended(outcome).got}")]
@@ -126,8 +126,8 @@ def _verdict(dialogue: Dialogue) -> Verdict:
     if dialogue.stalled:
         return Verdict("timeout", got="the program takes no call")
     if not reports:
-        ended = _ended(dialogue.asking)
-        return Verdict(ended.status, got=f"the test came to no result: {ended.got}")
+        why = _ended(dialogue.asking)
+        return Verdict(why.status, got=f"the test came to no result: {why.got}")
     # A test may use processes of its own, each of which reports.
     report = next((report for report in reports if report["ended"] != "pass"), reports[-1])
     ended, arguments = report["ended"], report["input"]
