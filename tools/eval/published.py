@@ -1,7 +1,7 @@
 """Numbers of the papers, to stand beside one's own: pass@1 in per cent, greedy, as their authors publish them.
 
-One row of theirs is a slip: ReflectionCoder's README gives its CL-34B model the numbers of Magicoder-S-CL-7B. What stands
-here instead is measured on the completions that the authors publish beside it.
+One row of theirs is a slip: ReflectionCoder's README gives its CL-34B model the numbers of Magicoder-S-CL-7B. What
+stands here instead is measured on the completions that the authors publish beside it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 _REFLECTION = "arXiv 2405.17057; table in the README of SenseLLM/ReflectionCoder, commit 6b6e2d4"
 _MEASURED = (
-    "evalplus 0.3.1, at its own time limits, on the completions in SenseLLM/ReflectionCoder, commit 6b6e2d4; its README "
-    "repeats Magicoder-S-CL-7B's 70.7 (66.5) and 68.4 (56.6) here, a slip"
+    "evalplus 0.3.1, at its own time limits, on the completions in SenseLLM/ReflectionCoder, commit 6b6e2d4; "
+    "its README repeats Magicoder-S-CL-7B's 70.7 (66.5) and 68.4 (56.6) here, a slip"
 )
 _MAGICODER = "arXiv 2312.02120; table in the README of ise-uiuc/magicoder, commit 3ef43f0"
 
@@ -39,4 +39,7 @@ PUBLISHED = tuple(
         ("Magicoder-S-DS-6.7B", _MAGICODER, (76.8, 70.7), (75.7, 64.4)),
     )
 )
-"""What the authors' repositories state, but for the row that is measured; their tables of MultiPL-E and DS-1000 are in the papers only."""
+"""What the authors' repositories state, but for the row that is measured.
+
+Their tables of MultiPL-E and DS-1000 are in the papers only.
+"""
