@@ -178,7 +178,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def affordable_workers(workers: int, memory_bytes: int) -> int:

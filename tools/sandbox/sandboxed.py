@@ -48,6 +48,7 @@ class Sandboxed:
         writable: folders by their path inside; the one at ``/sandbox`` is the working folder.
         read_only: further paths that the program sees under their own names, next to the running Python.
         environment: added to a clean one.
+        stdout: where the program writes; unless given, a pipe for `communicate`.
 
     Raises:
         OSError: a folder or the program that makes the wall is missing.
@@ -63,13 +64,15 @@ class Sandboxed:
         environment: Mapping[str, str],
         read_only: Sequence[Path] = (),
         stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
     ) -> None:
         self._kind, self._limits = kind, limits
         self._status: bytes | None = None
         with contextlib.ExitStack() as on_error, contextlib.ExitStack() as theirs:
             writable = {inside: folder.absolute() for inside, folder in writable.items()}
             writable[wall.SCRATCH] = on_error.enter_context(sandbox_folder())
-            self.stdout_fd, stdout = _pipe(on_error, theirs)
+            if stdout is None:
+                self.stdout_fd, stdout = _pipe(on_error, theirs)
             self.stderr_fd, stderr = _pipe(on_error, theirs)
             self._status_fd, status = _pipe(on_error, theirs)
             inherited: list[int] = []
