@@ -42,16 +42,19 @@ def process_tree(root: int) -> list[int]:
     """``root`` and its descendants. An orphan's new parent is the sandbox's first process, so that it stays in."""
     found, frontier = [root], [root]
     while frontier:
-        pid = frontier.pop()
-        try:
-            tasks = os.listdir(f"/proc/{pid}/task")
-        except OSError:
-            continue
-        for task in tasks:
-            children = [int(child) for child in _read(f"/proc/{pid}/task/{task}/children").split()]
-            found += children
-            frontier += children
+        born = children(frontier.pop())
+        found += born
+        frontier += born
     return found
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` has started, or taken in as orphans, and that are not reaped."""
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+    return [int(child) for task in tasks for child in _read(f"/proc/{pid}/task/{task}/children").split()]
 
 
 def process(pid: int) -> Process | None:
