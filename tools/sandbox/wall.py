@@ -27,7 +27,7 @@ FOLDER, SCRATCH = "/sandbox", "/tmp"
 NOT_STARTED = 125
 # The sandbox's first process. bwrap's own would be left to the machine's first process to be waited for. It enters the
 # folder only now, as bwrap, run by root, may not enter another user's; what sh says of signals is not the program's.
-_FIRST_PROCESS = 'cd "$0" && exec 3>&2 2>/dev/null; "$@" 2>&3 3>&-; exit $?'
+_FIRST_PROCESS = 'cd "$0" && exec 3>&2 2>/dev/null; (exec "$@" 2>&3 3>&-); exit $?'
 _NOBODY = 65534
 # Ids that systemd's table of uid ranges calls unused.
 _UNUSED_IDS = range(1_879_048_192, 2_147_352_576)
