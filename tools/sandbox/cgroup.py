@@ -98,10 +98,6 @@ class Groups:
         _write(path / "pids.max", str(limits.processes + 1))
         return Group(path)
 
-    def limits_memory(self) -> bool:
-        """Whether the kernel keeps the limit on memory."""
-        return _gives_memory(self.path)
-
     def close(self) -> None:
         """Kill what is left and remove it."""
         with contextlib.suppress(OSError):
