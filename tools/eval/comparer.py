@@ -42,6 +42,8 @@ class Comparison:
     verdict: Verdict
     at_limit: bool
     """Whether the limit of CPU time on one input decided."""
+    finished: bool = True
+    """Whether the comparison came to its end."""
 
 
 class Comparer:
@@ -95,6 +97,9 @@ class Comparer:
 
         Args:
             ended: of a pipe that ends when no further answer can come.
+
+        Raises:
+            OSError: when the process has ended, before it has read any answer.
         """
         read, write = os.pipe()
         self._open.add(read)
@@ -102,6 +107,10 @@ class Comparer:
         self._sandbox.process.renew_cpu_time()
         try:
             socket.send_fds(self._socket, [b"."], [answers, ended, file, write])
+            if not self._socket.recv(1):
+                raise OSError(
+                    f"the judge's own sandbox has ended: {self._sandbox.process.breach or 'nobody knows why'}"
+                )
         finally:
             os.close(file)
             os.close(write)
@@ -115,12 +124,12 @@ class Comparer:
         said = _checked(line)
         if said is None:
             self._healthy = False
-            return Comparison(_UNCOMPARED, False)
+            return Comparison(_UNCOMPARED, at_limit=False, finished=False)
         status = said.pop("status")
         if status == "silent":
             # Nobody was left to say why there was no further answer.
             status, said["got"] = "clock" if why.endswith("_time") else "fail", why or said["got"]
-        return Comparison(Verdict("timeout" if status == "clock" else status, **said), status == "timeout")
+        return Comparison(Verdict("timeout" if status == "clock" else status, **said), at_limit=status == "timeout")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Runs inside a sandbox of its own: answers of a program and the expected ones come in, a verdict goes out.
 
 Started as a script with a socket as stdin; a byte says that it is ready. A request is a byte with four descriptors:
-answers of one suite, a pipe that ends when their program has, expected answers, and where the verdict is to be written.
-Each is judged by a fork, by evalplus's own ``unsafe_execute``, within a limit of CPU time. All that a program made is
+answers of one suite, a pipe that ends when their program has, expected answers, and where the verdict is to be written;
+a byte says that it has them. Each is judged by a fork, by evalplus's own ``unsafe_execute``, within a limit of CPU time. All that a program made is
 read as plain data, and what leaves is a line of JSON; who reads it checks it, and takes no line for a failure.
 """
 
@@ -64,6 +64,7 @@ def main() -> None:
                 os._exit(0)
         for descriptor in descriptors:
             os.close(descriptor)
+        requests.send(b".")
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

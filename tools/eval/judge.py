@@ -17,13 +17,11 @@ from pathlib import Path
 from reflectron.tools.eval.answers import AnswerPipes, Program
 from reflectron.tools.eval.comparer import Comparer, Comparison
 from reflectron.tools.eval.expectations import Expectations, Task, encoded_inputs
-from reflectron.tools.eval.verdict import Verdict
+from reflectron.tools.eval.verdict import LONGER_SECONDS, Verdict
 from reflectron.tools.sandbox.process import SandboxKind, sandbox_folder
 
 # evalplus gives an input four times what the canonical solution took, if that is more than the least (config.py).
 _FACTOR = 4.0
-LONGER_SECONDS = 10.0
-"""What a sample is given in a second trial where the limit of CPU time decided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +84,13 @@ class Judge:
 
     def _run(self, task: Task, code: str, suites: Sequence[int], limits: JudgeLimits) -> list[Comparison]:
         """Outcomes of some suites."""
+        outcomes = self._run_once(task, code, suites, limits)
+        if all(outcome.finished for outcome in outcomes):
+            return outcomes
+        # Where the sample is to blame for that, it is so again.
+        return self._run_once(task, code, suites, limits)
+
+    def _run_once(self, task: Task, code: str, suites: Sequence[int], limits: JudgeLimits) -> list[Comparison]:
         known = self._expectations.of(task)
         program = Program(
             code=code,
