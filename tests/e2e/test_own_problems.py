@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from reflectron.tools.cli import main
-from reflectron.tools.eval.functions import check_tests, judge_function
+from reflectron.tools.eval.functions import check_tests, judge_function, mistakes_in_tests
 from reflectron.tools.eval.problems import Problem, load_problems
 from reflectron.tools.eval.verdict import Verdict
 from reflectron.tools.sandbox.process import SandboxKind
@@ -79,14 +79,19 @@ def test_what_ends_a_loop_of_the_test_does_not_end_the_test(sandbox: SandboxKind
 
 
 @pytest.mark.slow
-def test_a_program_that_stops_or_fills_its_pipes_is_a_timeout(sandbox: SandboxKind) -> None:
-    codes = [
-        "import os, signal\ndef f(a, b): os.kill(os.getpid(), signal.SIGSTOP)",
-        "import time\ndef f(a, b): time.sleep(1000)",
-        "def f(a, b):\n    while True: pass",
+def test_a_program_that_stops_is_a_timeout(sandbox: SandboxKind) -> None:
+    large = "def check(candidate): candidate(bytes(10 ** 7), 0)"
+    cases = [
+        (ADD, "import os, signal\ndef f(a, b): os.kill(os.getpid(), signal.SIGSTOP)"),
+        (ADD, "import time\ndef f(a, b): time.sleep(1000)"),
+        (ADD, "def f(a, b):\n    while True: pass"),
+        # It says that it is ready, and takes in no call.
+        (large, CASES["takes no call"]),
     ]
-    with ThreadPoolExecutor(3) as pool:
-        assert [v.status for v in pool.map(lambda code: judge(ADD, code, sandbox), codes)] == ["timeout"] * 3
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = list(pool.map(lambda case: judge(*case, sandbox), cases))
+    assert [verdict.status for verdict in verdicts] == ["timeout"] * 4
+    assert verdicts[3].got == "the program takes no call"
 
 
 @pytest.mark.slow
@@ -104,20 +109,25 @@ def test_failures_say_what_was_asked_and_answered(sandbox: SandboxKind) -> None:
     assert raised == Verdict("fail", "1, 2", "assert candidate(1, 2) == 3", "raised AssertionError: small")
 
 
-@pytest.mark.parametrize(
-    ("test", "said"),
-    [
-        ("def check(candidate): pass", "its test never calls f, so that every program would pass"),
-        ("import nowhere_to_be_found\ndef check(candidate): candidate()", "before it calls f: ModuleNotFoundError"),
-        ("def check(candidate): candidate(lambda x: x)", "calls f with what is no plain data: function"),
-        ("class P(tuple): pass\ndef check(candidate): candidate(P((1, 2)))", "an instance of a subclass of tuple"),
-        ("def check(candidate, capsys): pass", "before it calls f: TypeError"),
-        ("def check(candidate):\n  x =", "before it calls f: SyntaxError"),
-    ],
-)
-def test_tests_that_cannot_work_are_named_at_the_beginning(test: str, said: str, sandbox: SandboxKind) -> None:
-    with pytest.raises(ValueError, match=said):
-        check_tests([problem(ADD), problem(test)], sandbox, 1)
+MISTAKES = {
+    "def check(candidate): pass": "its test never calls f, so that every program would pass",
+    "import nowhere_to_be_found\ndef check(candidate): candidate()": "before it calls f: ModuleNotFoundError",
+    "def check(candidate): candidate(lambda x: x)": "calls f with what is no plain data: function",
+    "class P(tuple): pass\ndef check(candidate): candidate(P((1, 2)))": "an instance of a subclass of tuple",
+    "def check(candidate, capsys): pass": "before it calls f: TypeError",
+    "def check(candidate):\n  x =": "before it calls f: SyntaxError",
+    "import os\ndef check(candidate): os._exit(3)": "before it calls f: its process ends with exit code 3",
+    "import os\ndef check(candidate): os._exit(0)": "before it calls f: its process ends with exit code 0",
+}
+
+
+def test_tests_that_cannot_work_are_named_at_the_beginning(sandbox: SandboxKind) -> None:
+    found = mistakes_in_tests([problem(ADD), *map(problem, MISTAKES)], sandbox)
+    assert len(found) == len(MISTAKES)
+    for (_, reason), said in zip(found, MISTAKES.values(), strict=True):
+        assert said in reason
+    with pytest.raises(ValueError, match="problem own/0 cannot be judged: its test never calls f"):
+        check_tests([problem(ADD), problem("def check(candidate): pass")], sandbox, 1)
 
 
 @pytest.mark.slow

@@ -59,14 +59,14 @@ def check_tests(problems: Sequence[Problem], kind: SandboxKind, workers: int) ->
         ValueError: naming the problem and what is wrong with its test.
     """
     batches = [problems[start : start + _PROBED_AT_ONCE] for start in range(0, len(problems), _PROBED_AT_ONCE)]
-    with contextlib.closing(in_threads(lambda batch: _mistakes(batch, kind), batches, workers)) as results:
+    with contextlib.closing(in_threads(lambda batch: mistakes_in_tests(batch, kind), batches, workers)) as results:
         found = sorted(itertools.chain.from_iterable(tracked(results, len(batches), "looking at tests")))
     if found:
         more = f", and {len(found) - 1} more problems have such faults" if len(found) > 1 else ""
         raise ValueError(f"problem {printable(found[0][0])} cannot be judged: {printable(found[0][1])}{more}")
 
 
-def _mistakes(problems: Sequence[Problem], kind: SandboxKind) -> list[tuple[str, str]]:
+def mistakes_in_tests(problems: Sequence[Problem], kind: SandboxKind) -> list[tuple[str, str]]:
     """Tasks whose tests can pass no program, or fail none, and why."""
     seconds = _TEST_SECONDS * len(problems)
     with sandbox_folder() as folder:
@@ -77,7 +77,7 @@ def _mistakes(problems: Sequence[Problem], kind: SandboxKind) -> list[tuple[str,
     for report in _reports(outcome):
         # The first: a test may call its candidate from a process of its own, and end there and here.
         reports.setdefault(report["number"], report)
-    mistakes = []
+    mistakes: list[tuple[str, str]] = []
     for number, problem in enumerate(problems):
         if number not in reports:
             return [*mistakes, (problem.task_id, f"its test cannot be tried: {_ended(outcome).got}")]
@@ -126,8 +126,8 @@ def _verdict(dialogue: Dialogue) -> Verdict:
     if dialogue.stalled:
         return Verdict("timeout", got="the program takes no call")
     if not reports:
-        ended = _ended(dialogue.asking)
-        return Verdict(ended.status, got=f"the test came to no result: {ended.got}")
+        why = _ended(dialogue.asking)
+        return Verdict(why.status, got=f"the test came to no result: {why.got}")
     # A test may use processes of its own, each of which reports.
     report = next((report for report in reports if report["ended"] != "pass"), reports[-1])
     ended, arguments = report["ended"], report["input"]

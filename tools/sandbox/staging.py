@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 _TOOLS = Path(__file__).parent.parent
@@ -28,6 +27,6 @@ def staged(folder: Path, module: str, *needed: str) -> list[str]:
     return _command(f"reflectron.tools.{module}")
 
 
-def _command(module: str) -> Sequence[str]:
+def _command(module: str) -> list[str]:
     program = f"import os, sys\nsys.path.insert(0, os.getcwd())\nfrom {module} import main\nmain()"
     return [sys.executable, "-I", "-c", program]
