@@ -34,6 +34,8 @@ class JudgeLimits:
     """CPU time of a suite (evalplus: 60 s of the clock)."""
     memory_bytes: int = 4 * 2**30
     """As evalplus."""
+    comparing_seconds: int = 20
+    """CPU time of comparing the answers of a suite, by a process of ours."""
 
 
 class Judge:
@@ -118,7 +120,7 @@ class Judge:
         if comparer is None or not comparer.fit():
             if comparer is not None:
                 comparer.close()
-            comparer = Comparer(self._kind, self._limits.memory_bytes)
+            comparer = Comparer(self._kind, self._limits.comparing_seconds, self._limits.memory_bytes)
         try:
             yield comparer
         except BaseException:
