@@ -71,7 +71,11 @@ PROBLEM = {
     "entry_point": "add",
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n",
 }
-FILES = {"interpreter": "hostile_snippets.yaml", "program": "hostile_programs.yaml", "sample": "hostile_samples.yaml"}
+FILES = {
+    "interpreter": "hostile_snippets.yaml",
+    "program": "hostile_programs.yaml",
+    "sample": "hostile_own_samples.yaml",
+}
 DOCS = Path(__file__).parents[2] / "docs" / "sandbox.md"
 
 
@@ -201,7 +205,7 @@ def try_programs(sandbox: SandboxKind, facts: dict[str, Any], secret: str) -> li
 
 def try_samples(tmp_path: Path) -> list[Attempt]:
     """All in one file, with right answers between them, through the command that scores."""
-    samples = load("hostile_samples.yaml")
+    samples = load("hostile_own_samples.yaml")
     right = "def add(a, b):\n    return a + b\n"
     codes = [code for sample in samples for code in (sample["code"], right)]
     problems, completions, out = (tmp_path / name for name in ("mine.jsonl", "answers.jsonl", "score.json"))

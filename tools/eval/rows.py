@@ -7,23 +7,29 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(
+    path: Path, *, errors: Literal["strict", "surrogateescape"] = "strict"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and row of every line that is not blank; ``.gz`` files are read as they are.
+
+    Args:
+        errors: what becomes of bytes that are no UTF-8.
 
     Raises:
         ValueError: naming the file and the line that is not a JSON object.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode(errors=errors))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number} is not UTF-8: {error.reason} at byte {error.start}") from None
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number} is {type(row).__name__}, expected an object")

@@ -72,9 +72,9 @@ class Sandboxed:
             writable = {inside: folder.absolute() for inside, folder in writable.items()}
             writable[wall.SCRATCH] = on_error.enter_context(sandbox_folder())
             self.stdout_fd, stdout = _pipe(on_error, theirs)
-            self._stderr_fd, stderr = _pipe(on_error, theirs)
+            self.stderr_fd, stderr = _pipe(on_error, theirs)
             self._status_fd, status = _pipe(on_error, theirs)
-            self._texts = {self.stdout_fd: bytearray(), self._stderr_fd: bytearray()}
+            self._texts = {self.stdout_fd: bytearray(), self.stderr_fd: bytearray()}
             inherited: list[int] = []
             if kind == "bubblewrap":
                 user = wall.own_user()

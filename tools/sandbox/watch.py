@@ -108,8 +108,12 @@ class WatchedProcess:
 
     def stands_still(self) -> bool:
         """Whether its program is stopped, or all of it has slept for longer than it may compute."""
-        stopped, asleep = self._looked - self._stopped_since, self._looked - self._asleep_since
-        return stopped > _PATIENCE_SECONDS or asleep > max(self._limits.cpu_seconds, _PATIENCE_SECONDS)
+        asleep = self._looked - self._asleep_since
+        return self.stopped() or asleep > max(self._limits.cpu_seconds, _PATIENCE_SECONDS)
+
+    def stopped(self) -> bool:
+        """Whether its program has been stopped by a signal, and not for a moment only."""
+        return self._looked - self._stopped_since > _PATIENCE_SECONDS
 
     def renew_cpu_time(self) -> None:
         """Count processor time, and time asleep, from here on."""
