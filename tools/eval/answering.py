@@ -32,6 +32,8 @@ _INPUT_LIMITS = plain_data.DataLimits(message_bytes=1 << 30, nodes=1 << 27)
 # What a set may be made of without a look at it.
 _KEPT = (tuple, list, dict, set, frozenset, str, bytes, int, float, complex)
 _ERROR_CHARACTERS = 300
+# The program may put something else in its place.
+_LEAVE = os._exit
 # Of the clock, for each second of CPU time.
 _PATIENCE = 6
 
@@ -54,13 +56,17 @@ def main() -> None:
             child = os.fork()
             if child == 0:
                 _answer_all(job, inputs, job["seconds"][number], pipe)
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
-            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+                _LEAVE(0)
+            _, status = os.waitpid(child, os.WUNTRACED)
+            if os.WIFSTOPPED(status):
+                _write(pipe, "clock", 0.0, "the program stopped itself")
+                os.kill(child, signal.SIGKILL)
+                _, status = os.waitpid(child, 0)
+            elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
                 _write(pipe, "clock", 0.0, f"all inputs together took more than {job['suite_seconds']} s of CPU time")
 
 
-def _write(pipe: Any, outcome: str, seconds: float, content: object, leave: Callable[[int], object] = os._exit) -> None:
+def _write(pipe: Any, outcome: str, seconds: float, content: object) -> None:
     try:
         try:
             data = plain_data.encode((outcome, seconds, content))
@@ -73,7 +79,7 @@ def _write(pipe: Any, outcome: str, seconds: float, content: object, leave: Call
         pipe.flush()
     except BaseException:
         # The reader has seen enough and left, or half an answer is written.
-        leave(0)
+        _LEAVE(0)
 
 
 def _answer_all(job: dict[str, Any], inputs: list[Any], seconds: list[float], pipe: Any) -> None:
@@ -82,14 +88,10 @@ def _answer_all(job: dict[str, Any], inputs: list[Any], seconds: list[float], pi
     Outcomes are ``answer``, ``error``, ``timeout`` (an input's CPU time), ``clock`` (another limit on time) and
     ``unsaid`` (an answer that is too large).
     """
-    leave = os._exit
-
-    def write(outcome: str, took: float, content: object) -> None:
-        _write(pipe, outcome, took, content, leave)
 
     def at_end(outcome: str, reason: str) -> None:
-        write(outcome, 0.0, reason)
-        leave(0)
+        _write(pipe, outcome, 0.0, reason)
+        _LEAVE(0)
 
     limit = job["suite_seconds"]
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
@@ -105,7 +107,7 @@ def _answer_all(job: dict[str, Any], inputs: list[Any], seconds: list[float], pi
         except BaseException as error:
             outcome, content = "error", _describe(error)
     if outcome == "error":
-        write(outcome, 0.0, content)
+        _write(pipe, outcome, 0.0, content)
         return
     for arguments, allowed in zip(inputs, seconds, strict=True):
         started = time.process_time()
@@ -115,7 +117,7 @@ def _answer_all(job: dict[str, Any], inputs: list[Any], seconds: list[float], pi
                     outcome, content = "answer", _in_form(function(*arguments), job["form"])
             except BaseException as error:
                 outcome, content = "error", _describe(error)
-        write(outcome, time.process_time() - started, content)
+        _write(pipe, outcome, time.process_time() - started, content)
 
 
 def _in_form(answer: Any, form: str) -> Any:

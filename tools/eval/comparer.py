@@ -23,16 +23,16 @@ from reflectron.tools.sandbox import wall
 from reflectron.tools.sandbox.limits import Limits, SandboxKind
 from reflectron.tools.sandbox.sandboxed import Sandboxed, sandbox_folder
 
-# Of the clock: the imports on a loaded machine, and all comparisons of a suite (30 s of CPU time, comparing.py).
+# Of the clock: the imports on a loaded machine.
 _START_SECONDS = 120
-_COMPARE_SECONDS = 150
-_CPU_SECONDS = 90
+# Of the clock, for each second of CPU time.
+_PATIENCE = 10
 _FILE_BYTES = 1 << 20
 _LINE_BYTES = 1 << 14
 _FIELDS = ("status", "input", "expected", "got")
 # Its own words beside evalplus's: the program ended without an answer; a limit that is not the input's own.
 _STATUSES = ("pass", "fail", "timeout", "silent", "clock")
-_UNCOMPARED = Verdict("fail", got="its answers could not be compared within the limits on time and memory")
+_UNCOMPARED = Verdict("fail", got="what compared its answers ended without a verdict")
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,29 @@ class Comparison:
     verdict: Verdict
     at_limit: bool
     """Whether the limit of CPU time on one input decided."""
+    finished: bool = True
+    """Whether the comparison came to its end."""
 
 
 class Comparer:
-    """A started process; leaving its context kills it.
+    """A started process, for one sample at a time.
+
+    Args:
+        seconds: CPU time that comparing a suite may take, at most 255.
 
     Raises:
         OSError: when it does not start.
     """
 
-    def __init__(self, kind: SandboxKind, memory_bytes: int) -> None:
+    def __init__(self, kind: SandboxKind, seconds: int, memory_bytes: int) -> None:
+        self._seconds = seconds
         self._open: set[int] = set()
         self._healthy = True
         limits = Limits(
-            cpu_seconds=_CPU_SECONDS, memory_bytes=memory_bytes, file_bytes=_FILE_BYTES, folder_bytes=_FILE_BYTES
+            cpu_seconds=4 * seconds + _START_SECONDS,
+            memory_bytes=memory_bytes,
+            file_bytes=_FILE_BYTES,
+            folder_bytes=_FILE_BYTES,
         )
         with contextlib.ExitStack() as on_error:
             folder = on_error.enter_context(sandbox_folder())
@@ -95,13 +104,20 @@ class Comparer:
 
         Args:
             ended: of a pipe that ends when no further answer can come.
+
+        Raises:
+            OSError: when the process has ended, before it has read any answer.
         """
         read, write = os.pipe()
         self._open.add(read)
         file = os.open(expected, os.O_RDONLY | os.O_CLOEXEC)
         self._sandbox.process.renew_cpu_time()
         try:
-            socket.send_fds(self._socket, [b"."], [answers, ended, file, write])
+            socket.send_fds(self._socket, [bytes([self._seconds])], [answers, ended, file, write])
+            if not self._socket.recv(1):
+                raise OSError(
+                    f"the judge's own sandbox has ended: {self._sandbox.process.breach or 'nobody knows why'}"
+                )
         finally:
             os.close(file)
             os.close(write)
@@ -109,18 +125,18 @@ class Comparer:
 
     def read(self, descriptor: int, why: str) -> Comparison:
         """See `Pending.read`."""
-        line = _read_line(descriptor, time.monotonic() + _COMPARE_SECONDS)
+        line = _read_line(descriptor, time.monotonic() + _PATIENCE * self._seconds)
         self._open.remove(descriptor)
         os.close(descriptor)
         said = _checked(line)
         if said is None:
             self._healthy = False
-            return Comparison(_UNCOMPARED, False)
+            return Comparison(_UNCOMPARED, at_limit=False, finished=False)
         status = said.pop("status")
         if status == "silent":
             # Nobody was left to say why there was no further answer.
             status, said["got"] = "clock" if why.endswith("_time") else "fail", why or said["got"]
-        return Comparison(Verdict("timeout" if status == "clock" else status, **said), status == "timeout")
+        return Comparison(Verdict("timeout" if status == "clock" else status, **said), at_limit=status == "timeout")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Runs inside a sandbox of its own: answers of a program and the expected ones come in, a verdict goes out.
 
-Started as a script with a socket as stdin; a byte says that it is ready. A request is a byte with four descriptors:
-answers of one suite, a pipe that ends when their program has, expected answers, and where the verdict is to be written.
-Each is judged by a fork, by evalplus's own ``unsafe_execute``, within a limit of CPU time. All that a program made is
-read as plain data, and what leaves is a line of JSON; who reads it checks it, and takes no line for a failure.
+Started as a script with a socket as stdin; a byte says that it is ready. A request is a byte, how many seconds of CPU
+time comparing may take, with four descriptors: answers of one suite, a pipe that ends when their program has, expected
+answers, and where the verdict is to be written; a byte says that it has them. Each is judged by a fork, by evalplus's
+own ``unsafe_execute``. All that a program made is read as plain data, and what leaves is a line of JSON; who reads it
+checks it, and takes no line for a failure.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import reprlib
 import resource
 import select
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -32,8 +34,6 @@ else:
 
     del sys.path[0]
 
-# A comparison takes less; what takes more was made to.
-_CPU_SECONDS = 30
 # evalplus's own limit, on the clock, which is not to decide here.
 _NEVER_SECONDS = 10**6
 _POLL_MS = 100
@@ -58,19 +58,37 @@ def main() -> None:
             return
         if os.fork() == 0:
             requests.close()
-            try:
-                _judge(*descriptors)
-            finally:
-                os._exit(0)
+            _supervise(head[0], *descriptors)
+            os._exit(0)
         for descriptor in descriptors:
             os.close(descriptor)
+        requests.send(b".")
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
 
 
+def _supervise(seconds: int, answers: int, ended: int, expected: int, verdict: int) -> None:
+    """Judge in a fork, and say for it why it did not come to a verdict."""
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        status = 1
+        try:
+            _judge(answers, ended, expected, verdict)
+            status = 0
+        finally:
+            os._exit(status)
+    for descriptor in (answers, ended, expected):
+        os.close(descriptor)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        _say(verdict, evalplus.eval.FAIL, got=f"comparing its answers took more than {seconds} s of CPU time")
+    elif status:
+        _say(verdict, evalplus.eval.FAIL, got="its answers could not be compared within the limit on memory")
+
+
 def _judge(answers: int, ended: int, expected: int, verdict: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS + 1))
     with gzip.open(os.fdopen(expected, "rb")) as file:
         task = plain_data.read_message(file, _EXPECTED_LIMITS)
         replay = _Replay(io.BufferedReader(_Fifo(answers, ended), 1 << 16), file, task["count"])
@@ -93,11 +111,15 @@ def _judge(answers: int, ended: int, expected: int, verdict: int) -> None:
     # The last lines of evalplus's untrusted_check.
     succeeded = status.value == evalplus.eval._SUCCESS
     if succeeded and progress.value == task["count"] and all(details):
-        said = {"status": evalplus.eval.PASS, "input": "", "expected": "", "got": ""}
+        _say(verdict, evalplus.eval.PASS)
     elif succeeded:
-        said = {"status": evalplus.eval.FAIL, "input": "", "expected": "", "got": _UNCOUNTED}
+        _say(verdict, evalplus.eval.FAIL, got=_UNCOUNTED)
     else:
-        said = replay.failure()
+        _say(verdict, **replay.failure())
+
+
+def _say(verdict: int, status: str, input: str = "", expected: str = "", got: str = "") -> None:
+    said = {"status": status, "input": input, "expected": expected, "got": got}
     os.write(verdict, json.dumps(said).encode() + b"\n")
 
 

@@ -17,13 +17,11 @@ from pathlib import Path
 from reflectron.tools.eval.answers import AnswerPipes, Program
 from reflectron.tools.eval.comparer import Comparer, Comparison
 from reflectron.tools.eval.expectations import Expectations, Task, encoded_inputs
-from reflectron.tools.eval.verdict import Verdict
+from reflectron.tools.eval.verdict import LONGER_SECONDS, Verdict
 from reflectron.tools.sandbox.process import SandboxKind, sandbox_folder
 
 # evalplus gives an input four times what the canonical solution took, if that is more than the least (config.py).
 _FACTOR = 4.0
-LONGER_SECONDS = 10.0
-"""What a sample is given in a second trial where the limit of CPU time decided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,8 @@ class JudgeLimits:
     """CPU time of a suite (evalplus: 60 s of the clock)."""
     memory_bytes: int = 4 * 2**30
     """As evalplus."""
+    comparing_seconds: int = 20
+    """CPU time of comparing the answers of a suite, by a process of ours."""
 
 
 class Judge:
@@ -86,6 +86,13 @@ class Judge:
 
     def _run(self, task: Task, code: str, suites: Sequence[int], limits: JudgeLimits) -> list[Comparison]:
         """Outcomes of some suites."""
+        outcomes = self._run_once(task, code, suites, limits)
+        if all(outcome.finished for outcome in outcomes):
+            return outcomes
+        # Where the sample is to blame for that, it is so again.
+        return self._run_once(task, code, suites, limits)
+
+    def _run_once(self, task: Task, code: str, suites: Sequence[int], limits: JudgeLimits) -> list[Comparison]:
         known = self._expectations.of(task)
         program = Program(
             code=code,
@@ -113,7 +120,7 @@ class Judge:
         if comparer is None or not comparer.fit():
             if comparer is not None:
                 comparer.close()
-            comparer = Comparer(self._kind, self._limits.memory_bytes)
+            comparer = Comparer(self._kind, self._limits.comparing_seconds, self._limits.memory_bytes)
         try:
             yield comparer
         except BaseException:

@@ -28,7 +28,7 @@ from reflectron.tools.eval.problems import (
 from reflectron.tools.eval.programs import judge_program, shares_by_group, with_toolchain
 from reflectron.tools.eval.rows import write_text
 from reflectron.tools.eval.samples import Sample, read_samples
-from reflectron.tools.eval.verdict import SUITES, Verdict, Verdicts
+from reflectron.tools.eval.verdict import LONGER_SECONDS, SUITES, Verdict, Verdicts
 from reflectron.tools.eval.verdict_file import VerdictFile, verdict_keys
 from reflectron.tools.sandbox.process import SandboxKind, add_sandbox_arguments, choose_sandbox
 
@@ -58,6 +58,8 @@ class Score(TypedDict):
     """Samples of each task, by suite."""
     failed: list[dict[str, Any]]
     """Every sample that does not pass plus, with its first failing input."""
+    at_limit: list[dict[str, Any]]
+    """Samples whose verdict hangs on the limit of CPU time: status by suite, and as it is with ten seconds an input."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,6 +239,11 @@ def summarize(dataset: str, samples: Sequence[Sample], verdicts: Sequence[Sequen
         n_passed={suite: sum(good) for suite, good in counts.items()},
         passed=passed,
         failed=failed,
+        at_limit=[
+            _at_limit(sample, dict(zip(suites, outcomes, strict=True)))
+            for sample, outcomes in zip(samples, verdicts, strict=True)
+            if any(verdict.longer for verdict in outcomes)
+        ],
     )
 
 
@@ -253,6 +260,7 @@ def describe(result: Score) -> str:
         lines.append(f"  {failure['task_id']} ({failure['suite']} {failure[failure['suite']]})  {shown}")
     if (more := len(result["failed"]) - _SHOWN_FAILURES) > 0:
         lines.append(f"  and {more} more in the JSON file")
+    lines += _describe_at_limit(result["at_limit"])
     return "\n".join(lines)
 
 
@@ -261,6 +269,27 @@ def suite_name(dataset: str, suite: str) -> str:
     names = {"humaneval": "HumanEval", "mbpp": "MBPP", "multipl-e": "MultiPL-E", "ds1000": "DS-1000"}
     name = names.get(dataset, dataset)
     return f"{name}+" if suite == "plus" else name
+
+
+def _describe_at_limit(found: Sequence[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    lines = [f"{len(found)} samples hang on the limit of CPU time; with {LONGER_SECONDS:g} s an input:"]
+    for row in found[:_SHOWN_FAILURES]:
+        changes = (f"{suite} {row[suite]}, then {status}" for suite, status in row["longer"].items())
+        lines.append(f"  {row['task_id']} sample {row['sample']}  {'  '.join(changes)}")
+    if (more := len(found) - _SHOWN_FAILURES) > 0:
+        lines.append(f"  and {more} more in the JSON file")
+    return lines
+
+
+def _at_limit(sample: Sample, verdicts: dict[str, Verdict]) -> dict[str, Any]:
+    return {
+        "task_id": sample.task_id,
+        "sample": sample.number,
+        **{suite: verdict.status for suite, verdict in verdicts.items()},
+        "longer": {suite: verdict.longer for suite, verdict in verdicts.items() if verdict.longer},
+    }
 
 
 def _failure(sample: Sample, verdicts: dict[str, Verdict], suite: str) -> dict[str, Any]:

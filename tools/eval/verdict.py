@@ -11,6 +11,8 @@ SUITES = ("base", "plus")
 """The tests of HumanEval and MBPP, and those that evalplus added; other benchmarks have the first alone."""
 STATUSES = ("pass", "fail", "timeout")
 """evalplus's words."""
+LONGER_SECONDS = 10.0
+"""CPU time of an input in a second trial, where the limit on it decided the first."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Verdict:
     got: str = ""
     """Of the first input that failed, shortened; for ``got`` also the error."""
     longer: str = ""
-    """Status with ten seconds of CPU time an input, where the limit on it decided; else empty."""
+    """Status with ``LONGER_SECONDS`` of CPU time an input, where the limit on it decided; else empty."""
 
     def __post_init__(self) -> None:
         assert self.status in STATUSES, self.status

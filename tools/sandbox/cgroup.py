@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import time
@@ -71,6 +72,16 @@ class Groups:
 
     path: Path
 
+    def make(self) -> None:
+        """Make it, with all controllers that it can give to groups of sandboxes.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        self.path.mkdir()
+        for controller in _CONTROLLERS:
+            _write(self.path / "cgroup.subtree_control", f"+{controller}")
+
     def new(self, name: str, limits: Limits) -> Group:
         """A group for one sandbox.
 
@@ -87,10 +98,6 @@ class Groups:
         _write(path / "pids.max", str(limits.processes + 1))
         return Group(path)
 
-    def limits_memory(self) -> bool:
-        """Whether the kernel keeps the limit on memory."""
-        return "memory" in _read(self.path / "cgroup.subtree_control").split()
-
     def close(self) -> None:
         """Kill what is left and remove it."""
         with contextlib.suppress(OSError):
@@ -99,19 +106,18 @@ class Groups:
             self.path.rmdir()
 
 
-def make_groups(name: str) -> Groups | None:
-    """A group for the sandboxes of this process, at the best place that there is; None where there is none."""
-    places = _places()
+def find_place() -> Path | None:
+    """The best cgroup to make groups in; None where there is none."""
     # One whose children can be limited first; the nearest one otherwise.
-    for place in sorted(places, key=lambda place: "memory" not in _read(place / "cgroup.subtree_control").split()):
-        path = place / name
+    for place in sorted(_places(), key=lambda place: not _gives_memory(place)):
+        trial = Groups(place / f"reflectron-trial-{secrets.token_hex(4)}")
         with contextlib.suppress(OSError):
-            path.mkdir()
-            for controller in _CONTROLLERS:
-                _write(path / "cgroup.subtree_control", f"+{controller}")
-            if _can_enter(path):
-                return Groups(path)
-            Groups(path).close()
+            try:
+                trial.make()
+                if _can_enter(trial.path):
+                    return place
+            finally:
+                trial.close()
     return None
 
 
@@ -130,6 +136,10 @@ def _places() -> list[Path]:
             break
         group = group.parent
     return places
+
+
+def _gives_memory(path: Path) -> bool:
+    return "memory" in _read(path / "cgroup.subtree_control").split()
 
 
 def _mount_point() -> Path | None:

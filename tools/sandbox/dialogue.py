@@ -58,7 +58,7 @@ def hold_dialogue(kind: SandboxKind, asking: Speaker, answering: Speaker) -> Dia
             answerer = running.enter_context(_started(kind, answering, questions[0], answers[1]))
         report = _Kept(asker, asking.limits.output_bytes)
         complaints = _Kept(answerer, answering.limits.output_bytes)
-        _read(asker, (report, complaints), deadline)
+        _read(asker, answerer, (report, complaints), deadline)
         if not asker.process.wait(deadline):
             asker.process.stop("wall_time")
         seconds = time.monotonic() - before
@@ -87,7 +87,7 @@ def _started(kind: SandboxKind, speaker: Speaker, stdin: int, stdout: int) -> Sa
     )
 
 
-def _read(asker: Sandboxed, kept: Sequence[_Kept], deadline: float) -> None:
+def _read(asker: Sandboxed, answerer: Sandboxed, kept: Sequence[_Kept], deadline: float) -> None:
     """Read what both write to stderr until the asking program has ended."""
     report = kept[0]
     with selectors.DefaultSelector() as selector:
@@ -99,6 +99,9 @@ def _read(asker: Sandboxed, kept: Sequence[_Kept], deadline: float) -> None:
             for key, _ in ready:
                 if not key.data.take():
                     selector.unregister(key.fd)
+            # The end of the one who answers lets the other end as well.
+            if answerer.process.stopped() or (answerer.process.stands_still() and asker.process.stands_still()):
+                answerer.process.stop("idle")
             # Where there is no wall, a process left behind may hold the pipe open.
             if ended and not ready:
                 return

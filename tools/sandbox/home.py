@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import fcntl
 import os
+import secrets
 import subprocess
 import tempfile
 import threading
@@ -92,16 +93,27 @@ def remove(folder: Path) -> None:
 
 
 def _make() -> Home:
-    _remove_stale(Path(tempfile.gettempdir()))
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    parent = Path(tempfile.gettempdir())
+    _remove_stale(parent)
+    folder = parent / f"{_PREFIX}{secrets.token_hex(4)}"
+    place = cgroup.find_place()
+    groups = cgroup.Groups(place / folder.name) if place is not None else None
+    # First who removes, then what is to be removed.
+    _start_janitor(folder, groups)
+    folder.mkdir(mode=0o700)
     # Names inside cannot be listed, and each folder inside is closed to others.
     folder.chmod(0o711)
-    groups = cgroup.make_groups(folder.name)
+    if groups is not None:
+        groups.make()
     owner = os.open(folder / f"{_OWNER}.new", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     os.write(owner, str(groups.path if groups else "").encode())
     fcntl.flock(owner, fcntl.LOCK_EX)
     # Before this rename nobody takes the folder for a stale one; the lock lives as long as this process.
     os.rename(folder / f"{_OWNER}.new", folder / _OWNER)
+    return Home(folder, groups)
+
+
+def _start_janitor(folder: Path, groups: cgroup.Groups | None) -> None:
     waits, holds = os.pipe()
     environment = {"PATH": os.defpath, "FOLDER": str(folder), "GROUP": str(groups.path if groups else "")}
     janitor = subprocess.Popen(
@@ -115,7 +127,6 @@ def _make() -> Home:
     )
     os.close(waits)
     atexit.register(_leave, os.getpid(), holds, janitor)
-    return Home(folder, groups)
 
 
 def _leave(maker: int, holds: int, janitor: subprocess.Popen[bytes]) -> None:

@@ -27,14 +27,15 @@ from reflectron.tools.sandbox.channels import Cell, Channels
 from reflectron.tools.sandbox.home import sandbox_folder
 from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind
 from reflectron.tools.sandbox.sandboxed import Sandboxed
+from reflectron.tools.sandbox.terminal import plain
 
 Status = Literal["ok", "error", "died"] | Breach
 
 _CHANNELS = "/kernel"
 _START_SECONDS = 120.0
 _INTERRUPT_SECONDS = 2.0
-# Generous, for a loaded machine: all connections of a kernel that ends are cut at once.
 _LOOK_SECONDS = 0.5
+# Generous, for a loaded machine: all connections of a kernel that ends are cut at once.
 _CUT_SECONDS, _DEATH_SECONDS = 1.0, 10.0
 _READ_BYTES = 1 << 16
 # "ready" is written when all sockets listen; from there on the kernel takes the place of file descriptor 1.
@@ -72,7 +73,8 @@ class Execution:
     """What became of one cell."""
 
     text: str
-    """What a notebook shows: stdout and stderr as they came, the value of a last expression, or the traceback."""
+    """What a notebook shows: stdout and stderr as they came, the value of a last expression, or the traceback; of
+    control characters newlines and tabs alone."""
 
     status: Status
     """"error": the code raised; "died": the kernel ended by itself; otherwise the limit that was overstepped."""
@@ -137,7 +139,8 @@ class Kernel:
         if lost:
             self._process.stop(None if ending == "died" else ending)
         status: Status = ending or ("wall_time" if late else cell.status)
-        return Execution(cell.text + self._note(cell, status, lost), status, time.monotonic() - before, lost)
+        text = plain(cell.text)
+        return Execution(text + self._note(text, status, lost), status, time.monotonic() - before, lost)
 
     def _collect(self, cell: Cell, deadline: float) -> Literal["died"] | Breach | None:
         """Fill ``cell`` until it is complete (None), or say why that will not be."""
@@ -171,7 +174,7 @@ class Kernel:
                 raise OSError(f"no Python kernel started in the sandbox (exit code {code}): {stderr.strip()[-1000:]}")
             told += data
 
-    def _note(self, cell: Cell, status: Status, lost: bool) -> str:
+    def _note(self, text: str, status: Status, lost: bool) -> str:
         if status in ("ok", "error"):
             if not lost:
                 return ""
@@ -182,7 +185,7 @@ class Kernel:
         else:
             reason = _REASONS[status].format(self._limits)
         after = "; all variables are lost" if lost else ""
-        line = "" if not cell.text or cell.text.endswith("\n") else "\n"
+        line = "" if not text or text.endswith("\n") else "\n"
         return f"{line}[stopped: {reason}{after}]\n"
 
 

@@ -44,7 +44,7 @@ class DataLimits:
 
     message_bytes: int = 256 << 20
     """Written."""
-    nodes: int = 1 << 24
+    nodes: int = 1 << 22
     """Values in it, each element of a container being one."""
     depth: int = 100
     """Containers inside one another."""

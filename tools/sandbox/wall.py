@@ -25,9 +25,9 @@ from reflectron.tools.sandbox.limits import Limits, SandboxKind
 
 FOLDER, SCRATCH = "/sandbox", "/tmp"
 NOT_STARTED = 125
-# The sandbox's first process. bwrap's own would be left to the machine's first process to be waited for. It enters the
-# folder only now, as bwrap, run by root, may not enter another user's; what sh says of signals is not the program's.
-_FIRST_PROCESS = 'cd "$0" && exec 3>&2 2>/dev/null; "$@" 2>&3 3>&-; exit $?'
+# The first process inside. bwrap's own would be left to the machine's first process to be waited for. What sh says of
+# signals is not the program's.
+_FIRST_PROCESS = ["/bin/sh", "-c", 'exec 3>&2 2>/dev/null; (exec "$@" 2>&3 3>&-); exit $?', "sh"]
 _NOBODY = 65534
 # Ids that systemd's table of uid ranges calls unused.
 _UNUSED_IDS = range(1_879_048_192, 2_147_352_576)
@@ -168,15 +168,16 @@ def bubblewrap(
     if seccomp_fd is not None:
         command += ["--seccomp", str(seccomp_fd)]
     if user is None:
-        command += ["--unshare-user", "--uid", str(_NOBODY), "--gid", str(_NOBODY), "--"]
+        command += ["--unshare-user", "--uid", str(_NOBODY), "--gid", str(_NOBODY), "--", *_FIRST_PROCESS]
     else:
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
             command += ["--cap-add", capability]
-        command += ["--", "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
-        # Taking another user's id has undone --die-with-parent.
-        command += ["--bounding-set=-all", "--no-new-privs", "--pdeathsig=KILL", "--"]
+        # The first process stays root's: bwrap, without privileges, could not take it with itself otherwise.
+        command += ["--", *_FIRST_PROCESS, "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        command += ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
     command += launcher(limits, count_processes=user is not None or _namespaces_count_processes())
-    return [*command, "/bin/sh", "-c", _FIRST_PROCESS, FOLDER, *argv]
+    # Only now: bubblewrap, run by root, may no longer enter another user's folder.
+    return [*command, "env", "-C", FOLDER, "--", *argv]
 
 
 def _namespaces_count_processes() -> bool:

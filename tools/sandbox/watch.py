@@ -67,7 +67,9 @@ class WatchedProcess:
         self._cpu_before = self._cpu_now = 0.0
         self._cpu, self._measuring = usage.ProcessorTime(), threading.Lock()
         self._rounds = 0
-        self._moved = self._ran = self._shown = time.monotonic()
+        # When it was first seen so, without a break since, and when it was last looked at.
+        self._stopped_since = self._asleep_since = self._hidden_since = math.inf
+        self._looked = 0.0
 
         def start() -> subprocess.Popen[bytes]:
             return subprocess.Popen(
@@ -106,14 +108,18 @@ class WatchedProcess:
 
     def stands_still(self) -> bool:
         """Whether its program is stopped, or all of it has slept for longer than it may compute."""
-        now = time.monotonic()
-        return now - self._moved > _PATIENCE_SECONDS or now - self._ran > max(self._limits.cpu_seconds, 1)
+        asleep = self._looked - self._asleep_since
+        return self.stopped() or asleep > max(self._limits.cpu_seconds, _PATIENCE_SECONDS)
+
+    def stopped(self) -> bool:
+        """Whether its program has been stopped by a signal, and not for a moment only."""
+        return self._looked - self._stopped_since > _PATIENCE_SECONDS
 
     def renew_cpu_time(self) -> None:
         """Count processor time, and time asleep, from here on."""
         self._measure()
         self._cpu_before = self._cpu_now
-        self._moved = self._ran = time.monotonic()
+        self._stopped_since = self._asleep_since = math.inf
 
     def forgive_cpu_time(self) -> None:
         """Count no processor time until `renew_cpu_time`."""
@@ -161,12 +167,12 @@ class WatchedProcess:
             processes = [process for process in map(usage.process, pids) if process is not None]
             exact = self._group.cpu_seconds() if self._group is not None else None
             used = exact if exact is not None else self._cpu.update(processes)
-            now = time.monotonic()
             program = processes[_OF_THE_WALL if self._walled else 0 :]
-            if not program or program[0].state not in "Tt":
-                self._moved = now
-            if not program or used > self._cpu_now + 1e-3 or any(process.state in "RD" for process in program):
-                self._ran = now
+            self._looked = time.monotonic()
+            stopped = bool(program) and program[0].state in "Tt"
+            self._stopped_since = min(self._stopped_since, self._looked) if stopped else math.inf
+            awake = not program or used > self._cpu_now + 1e-3 or any(process.state in "RD" for process in program)
+            self._asleep_since = math.inf if awake else min(self._asleep_since, self._looked)
             self._cpu_now = max(self._cpu_now, used)
             return processes
 
@@ -188,10 +194,11 @@ class WatchedProcess:
         else:
             program = pids[_OF_THE_WALL:]
             deleted = usage.mapped_deleted_bytes(program)
-            if not usage.hides(program):
-                self._shown = time.monotonic()
-        hidden = self._walled and time.monotonic() - self._shown > _PATIENCE_SECONDS + _SELDOM * _INTERVAL_SECONDS
-        return "disk" if hidden or sum(size for size, _ in sizes) + deleted > limits.folder_bytes else None
+            now = time.monotonic()
+            self._hidden_since = min(self._hidden_since, now) if usage.hides(program) else math.inf
+            if now - self._hidden_since > _PATIENCE_SECONDS:
+                return "disk"
+        return "disk" if sum(size for size, _ in sizes) + deleted > limits.folder_bytes else None
 
     def _memory_is_overstepped(self, processes: Sequence[usage.Process]) -> bool:
         if self._group is not None and self._group.ran_out_of_memory():
