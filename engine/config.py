@@ -24,7 +24,8 @@ class DataFile:
     """One source of conversations."""
 
     path: str
-    """Local ``.jsonl``, ``.json`` (one record a line) or ``.parquet`` file, or the id of a dataset on the hub."""
+    """Local ``.jsonl`` or ``.json`` file (one record a line, or one array; also compressed), ``.parquet`` file, or the
+    id of a dataset on the hub."""
     repeat: float = 1.0
     """How many times an epoch lists each record; a fraction lists that share, drawn anew each epoch."""
     split: str = "train"
@@ -46,13 +47,17 @@ class DataConfig:
     template: Literal["reflection", "magicoder"] = "reflection"
     """How a conversation is rendered: ReflectionCoder's tags, or Magicoder's ``@@ Instruction`` prompt."""
     max_length: int = 4096
-    """Longest sample in tokens, BOS and EOS included; a longer one is rejected, never cut."""
+    """Longest sample in tokens, BOS and EOS included; a longer one is left out and counted, never cut."""
+    special_tokens_in_content: Literal["keep", "spell_out"] = "spell_out"
+    """What becomes of a special token that a content spells, as HTML may spell ``</s>``: ``spell_out`` tokenises it as
+    ordinary text, so that a sample has one EOS; ``keep`` makes it the token's id, as the reference does."""
     store_dir: str | None = None
     """Folder of the token store; ``<output_dir>/token_store`` when null."""
     workers: int = 0
     """Processes that tokenise; 0 means one per core."""
     max_reject_share: float = 0.05
-    """Largest share of a file's records that may be rejected, 0 to 1; more stops the run."""
+    """Largest share of a file's records that may be rejected, 0 to 1; more stops the run. Samples that are too long do
+    not count."""
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 16, "data.max_length", self.max_length, "at least 16 tokens")

@@ -124,7 +124,7 @@ def _bpe(proto: Any, pieces: list[tuple[str, float, int]]) -> BPE:
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in scores and right in scores:
-                ranked.append((-score, ids[left], ids[right], left, right))
+                ranked.append((-score, -len(left), ids[piece], left, right))
     merges = [(left, right) for *_, left, right in sorted(ranked)]
     fallback = proto.trainer_spec.byte_fallback
     return BPE(ids, merges, unk_token=proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=fallback)

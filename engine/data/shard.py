@@ -34,6 +34,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.uint8())),
         ("blocks", pa.list_(pa.int32())),
+        ("special_tokens", pa.list_(pa.string())),
     ]
 )
 _HEADER, _CHECKSUM = b"reflectron", b"crc32"
@@ -62,6 +63,7 @@ def to_batch(lines: Sequence[int], results: Sequence[TokenizedSample | BadRecord
         _lists([s.input_ids if s else None for s in samples], np.int32),
         _lists([s.supervised if s else None for s in samples], np.uint8),
         _lists([s.blocks.ravel() if s else None for s in samples], np.int32),
+        pa.array([s.special_tokens if s else () for s in samples], pa.list_(pa.string())),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
@@ -120,6 +122,7 @@ class ShardBatch:
 
         self.lines = scalars("line")
         self.reasons = batch.column("reason")
+        self._special_tokens = batch.column("special_tokens")
         self.good_rows = np.from_dlpack(compute.indices_nonzero(self.reasons.is_null())).astype(np.int32)
         """int32 [samples]: rows that are not rejected."""
         self._kind, self._prefix_end, self._final_start = map(scalars, ("kind", "prefix_end", "final_start"))
@@ -145,7 +148,13 @@ class ShardBatch:
             blocks,
             int(self._prefix_end[row]),
             int(self._final_start[row]),
+            tuple(self._special_tokens[row].as_py()),
         )
+
+    def rows_with_special_tokens(self) -> Iterator[tuple[int, list[str]]]:
+        """Row and special tokens of each sample whose contents spell one."""
+        for row in np.flatnonzero(np.diff(np.from_dlpack(self._special_tokens.offsets))).tolist():
+            yield row, self._special_tokens[row].as_py()
 
 
 class MappedFile:
@@ -216,6 +225,14 @@ class Shard:
         for batch in self.batches:
             for row in np.setdiff1d(np.arange(len(batch)), batch.good_rows).tolist():
                 yield first + row, int(batch.lines[row]), batch.reasons[row].as_py()
+            first += len(batch)
+
+    def special_tokens(self) -> Iterator[tuple[int, int, list[str]]]:
+        """Record number, line and special tokens of every sample whose contents spell one."""
+        first = 0
+        for batch in self.batches:
+            for row, tokens in batch.rows_with_special_tokens():
+                yield first + row, int(batch.lines[row]), tokens
             first += len(batch)
 
 

@@ -14,20 +14,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from reflectron.engine.config import DataConfig, DataFile
-from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.conversation import BadRecord, Conversation
 from reflectron.engine.data.shard import Shard, ShardHeader, open_shard, to_batch, write_atomically, write_shard
 from reflectron.engine.data.sources import Chunk, read_chunks, source_identity
-from reflectron.engine.data.tokenization import TokenizedSample, tokenize
-from reflectron.engine.data.tokenizer import TAGS, Template, Tokenizer
+from reflectron.engine.data.tokenization import TOO_LONG, TokenizedSample, tokenize
+from reflectron.engine.data.tokenizer import TAGS, Tokenizer
 from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.text import printable
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _RECORDS_PER_CHUNK = 128
 
 
@@ -37,18 +38,35 @@ class FileSummary:
 
     path: str
     records: int
+    too_long: int
+    """Records that are left out for their length alone."""
     rejected: dict[str, int]
-    """Rejected records by kind of fault, commonest first."""
+    """Other records that are left out, by kind of fault, commonest first."""
+    special_tokens: dict[str, int]
+    """Samples whose contents spell a special token, by token, commonest first."""
+    with_special_tokens: int
+    """Samples whose contents spell any."""
 
     @property
     def rejected_total(self) -> int:
-        """Rejected records."""
+        """Rejected records, without those that are too long."""
         return sum(self.rejected.values())
 
+    @property
+    def samples(self) -> int:
+        """Records that are trained on."""
+        return self.records - self.too_long - self.rejected_total
+
     def __str__(self) -> str:
-        reasons = ", ".join(f"{fault} {count}" for fault, count in self.rejected.items())
-        rejected = f", {self.rejected_total} rejected ({reasons})" if reasons else ""
-        return f"{self.path}: {self.records - self.rejected_total} samples{rejected}"
+        parts = [f"{self.path}: {self.samples} samples"]
+        if self.too_long:
+            parts.append(f"{self.too_long} too long ({self.too_long / self.records:.1%})")
+        if self.rejected:
+            parts.append(f"{self.rejected_total} rejected ({_counts(self.rejected)})")
+        if self.special_tokens:
+            tokens = _counts({printable(token): count for token, count in self.special_tokens.items()})
+            parts.append(f"{self.with_special_tokens} with special tokens in their contents ({tokens})")
+        return ", ".join(parts)
 
 
 class TokenStore:
@@ -101,9 +119,12 @@ class TokenStore:
 def build_store(
     data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path, progress: bool = False
 ) -> TokenStore:
-    """Tokenise what ``folder`` does not hold yet, write ``folder/rejects.jsonl``, and open the store.
+    """Tokenise what ``folder`` does not hold yet, write the two lists of records, and open the store.
 
-    Only one process may build in a folder at a time. The rejects are those of this list of files: give training and
+    ``folder/rejects.jsonl`` names the records that are left out, ``folder/special_tokens.jsonl`` those whose contents
+    spell special tokens.
+
+    Only one process may build in a folder at a time. The lists are those of these files: give training and
     validation files a folder each.
 
     Args:
@@ -111,11 +132,11 @@ def build_store(
 
     Raises:
         ValueError: when a file cannot be read, holds no record, or more than ``data.max_reject_share`` of its records
-            are rejected.
+            are rejected, or no sample is left of them all.
         OSError: when the store cannot be written; nothing unfinished is left.
     """
     settings = _settings(data, tokenizer)
-    job = _Job(tokenizer, data.template, data.max_length)
+    job = _Job(tokenizer, data)
     shards: list[Shard] = []
     for file in files:
         path = _shard_path(folder, settings, file)
@@ -127,9 +148,11 @@ def build_store(
             _check_source(path, file, header)
             shard = open_shard(path, verify=False)
         shards.append(shard)
-        _write_rejects(folder / "rejects.jsonl", files, shards)
+        _write_lists(folder, files, shards)
         _check_rejects(_summary(file, shard), folder / "rejects.jsonl", data.max_reject_share)
-    return TokenStore(files, shards)
+    store = TokenStore(files, shards)
+    _check_too_long(store, data.max_length)
+    return store
 
 
 def open_store(data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path) -> TokenStore:
@@ -152,6 +175,7 @@ def _settings(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "tags": list(TAGS),
         "template": data.template,
         "max_length": data.max_length,
+        "special_tokens_in_content": data.special_tokens_in_content,
     }
 
 
@@ -184,17 +208,20 @@ class _Job:
     """Tokenises a chunk; the same in this process and in a worker."""
 
     tokenizer: Tokenizer
-    template: Template
-    max_length: int
+    data: DataConfig
 
     def __call__(self, chunk: Chunk) -> pa.RecordBatch:
         results: list[TokenizedSample | BadRecord] = []
         for record in chunk.records():
             try:
-                results.append(tokenize(record.conversation(), self.tokenizer, self.template, self.max_length))
+                results.append(self._tokenize(record.conversation()))
             except BadRecord as error:
                 results.append(error)
         return to_batch(chunk.lines, results)
+
+    def _tokenize(self, conversation: Conversation) -> TokenizedSample:
+        data = self.data
+        return tokenize(conversation, self.tokenizer, data.template, data.max_length, data.special_tokens_in_content)
 
 
 def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Iterator[Chunk]:
@@ -218,25 +245,46 @@ def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Itera
 
 def _summary(file: DataFile, shard: Shard) -> FileSummary:
     faults = Counter(reason.split(":")[0] for _, _, reason in shard.rejects())
-    return FileSummary(file.path, shard.records, dict(faults.most_common()))
+    too_long = faults.pop(TOO_LONG, 0)
+    spelt = [tokens for _, _, tokens in shard.special_tokens()]
+    tokens = Counter(token for some in spelt for token in some)
+    return FileSummary(
+        file.path, shard.records, too_long, dict(faults.most_common()), dict(tokens.most_common()), len(spelt)
+    )
 
 
-def _write_rejects(path: Path, files: Sequence[DataFile], shards: Sequence[Shard]) -> None:
-    """One JSON object for every rejected record; a file that is listed twice appears once."""
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _write_lists(folder: Path, files: Sequence[DataFile], shards: Sequence[Shard]) -> None:
+    """One JSON object for every record that is worth a look; a file that is listed twice appears once."""
     by_file = {(file.path, file.split): shard for file, shard in zip(files, shards, strict=False)}
+    rejects = [
+        {"file": name, "line": line, "index": index, "reason": reason}
+        for (name, _), shard in by_file.items()
+        for index, line, reason in shard.rejects()
+    ]
+    spelt = [
+        {"file": name, "line": line, "index": index, "special_tokens": tokens}
+        for (name, _), shard in by_file.items()
+        for index, line, tokens in shard.special_tokens()
+    ]
+    for name, rows in (("rejects.jsonl", rejects), ("special_tokens.jsonl", spelt)):
+        content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        write_atomically(folder / name, lambda stream, content=content: stream.write(content))
 
-    def write(stream: IO[bytes]) -> None:
-        for (name, _), shard in by_file.items():
-            for index, line, reason in shard.rejects():
-                row = {"file": name, "line": line, "index": index, "reason": reason}
-                stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    write_atomically(path, write)
+def _check_too_long(store: TokenStore, max_length: int) -> None:
+    too_long = sum(summary.too_long for summary in store.summaries)
+    if not len(store) and too_long:
+        files = ", ".join(summary.path for summary in store.summaries)
+        raise ValueError(
+            f"data.max_length is {max_length}, expected more: no sample is left of {files}, {too_long} are longer"
+        )
 
 
 def _check_rejects(summary: FileSummary, rejects: Path, allowed: float) -> None:
-    if summary.records == 0:
-        raise ValueError(f"data file {summary.path} holds no record, expected at least one")
     if summary.rejected_total > allowed * summary.records:
         fault, count = next(iter(summary.rejected.items()))
         raise ValueError(

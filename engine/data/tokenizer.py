@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ _MAGICODER_CHAT = """\
 {%- if messages | length == 2 -%}{{- messages[1]['content'] -}}{%- endif -%}"""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LOOKS_SPECIAL = re.compile(r"<[|｜].+[|｜]>|<(fim|file|repo|reponame|issue|jupyter|gh)[_-]\w+>|▁?<(PRE|SUF|MID|EOT)>")
 _CARRIED_SETTINGS = ("model_max_length", "add_bos_token", "add_eos_token", "padding_side")
 
 
@@ -92,9 +94,38 @@ class Tokenizer:
         state = [self.backend.to_str(), self.bos_id, self.eos_id]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Id and spelling of every token with a meaning beside its text, the seven tags excepted.
+
+        These are the special ones, those with a name (EOS ...), and those that look special: in some tokenizers, such
+        as Qwen2.5's, the ones for filling in the middle are ordinary added tokens.
+        """
+        named = {self.settings.get(name) for name in _NAMED_TOKENS}
+        return {
+            i: token.content
+            for i, token in self.backend.get_added_tokens_decoder().items()
+            if token.content not in TAGS
+            and (token.special or token.content in named or _LOOKS_SPECIAL.fullmatch(token.content))
+        }
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without BOS and EOS; special tokens spelt out in it become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_spelt_out(self, text: str) -> list[int]:
+        """As ``encode``, but of all special tokens only the seven tags become ids; the others are ordinary text."""
+        # No part of a pickled tokenizer.
+        self._tags_alone.encode_special_tokens = True
+        return self._tags_alone.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _tags_alone(self) -> tokenizers.Tokenizer:
+        """The same tokens, but special are those of ``special_tokens`` and no others, so that they can be ignored."""
+        state = json.loads(self.backend.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["id"] in self.special_tokens
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, special tokens included."""

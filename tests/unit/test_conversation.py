@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Message, parse_record
+from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Message
+from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.data.tokenizer import TAGS
 
 GOLDEN = Path(__file__).parents[1] / "golden"

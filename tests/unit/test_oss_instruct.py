@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.conversation import parse_record
+from reflectron.engine.data.schemas import parse_record
 from reflectron.tools import cli
 from reflectron.tools.data.oss_rows import Cleaner, Row, Unusable, parse_answer
 from reflectron.tools.data.seeds import Seed, SeedFile, draw_seeds

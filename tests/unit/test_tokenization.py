@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reflectron.engine.data.conversation import BadRecord, Conversation, parse_record
+from reflectron.engine.data.conversation import BadRecord, Conversation
+from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.data.tokenization import TokenizedSample, render, tokenize
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Tokenizer, load_tokenizer
 

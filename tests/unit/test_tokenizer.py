@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from reflectron.engine.data.conversation import parse_record
+from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.data.tokenization import render
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, load_tokenizer
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.conversation import BadRecord, parse_record
+from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.data.sources import Record, read_records
 from reflectron.engine.data.tokenizer import TAGS
 from reflectron.tools.data.reflection.dialogue import Problem

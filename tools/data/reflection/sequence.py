@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from reflectron.engine.data.conversation import BadRecord, Block, parse_record
+from reflectron.engine.data.conversation import BadRecord, Block
+from reflectron.engine.data.schemas import parse_record
 from reflectron.tools.data.reflection.dialogue import Dialogue, Problem, Unusable
 from reflectron.tools.data.reflection.executions import Interpreters, Session
 from reflectron.tools.data.reflection.leftovers import leftover
