@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, 
 if TYPE_CHECKING:
     import numpy as np
 
+    from reflectron.engine.data.store import FileSummary
     from reflectron.engine.data.tokenization import TokenizedSample
     from reflectron.engine.data.tokenizer import Tokenizer
     from reflectron.engine.data.views import SampleViews
@@ -44,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=0.33, help="mask rate, 0 to 1 (default: 0.33)")
     parser.add_argument("--seed", type=int, default=3407, help="seed of the random strategies (default: 3407)")
     parser.add_argument("--max-len", type=int, default=4096, help="longest sample in tokens (default: 4096)")
+    parser.add_argument(
+        "--special-tokens-in-content",
+        choices=("keep", "spell_out"),
+        default="spell_out",
+        help="special tokens that contents spell become ids, or are ordinary text (default: spell_out)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="look at the first N records only")
     parser.add_argument("--loss", action="store_true", help="compute each sample's loss terms")
     parser.add_argument("--grad-norms", action="store_true", help="compute its gradient norms as well")
@@ -67,6 +74,8 @@ class Inspected:
         views, ids = self.views, self.sample.input_ids.tolist()
         labels = [token if target else -100 for token, target in zip(ids, self.sample.supervised, strict=True)]
         record: dict[str, Any] = {"index": self.index, "type": self.sample.kind, "input_ids": ids, "labels": labels}
+        if self.sample.special_tokens:
+            record["special_tokens_in_content"] = list(self.sample.special_tokens)
         if self.visible is not None:
             record["student_visible"] = "".join("1" if seen else "0" for seen in self.visible)
         record["rows"] = {
@@ -95,18 +104,30 @@ def run(args: argparse.Namespace) -> int:
         text = json.dumps({"dropped": dropped, "samples": samples}, ensure_ascii=False)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
         print(f"{len(samples)} samples, {len(dropped)} dropped -> {args.json}")
+        print(_summary(args.data, dropped, [sample.get("special_tokens_in_content", []) for sample in samples]))
         return 0
     from rich.console import Console
 
     console = Console(highlight=False)
     console.print(_LEGEND)
+    spelt = []
     for one in inspected:
         console.print(_drawing(one, tokenizer))
+        spelt.append(one.sample.special_tokens)
     for record in dropped:
         console.print(
             f"record {record['index']} dropped: {record['reason']}", style="red", markup=False, soft_wrap=True
         )
+    console.print(str(_summary(args.data, dropped, spelt)), markup=False, soft_wrap=True)
     return 0
+
+
+def _summary(path: str, dropped: Sequence[dict[str, Any]], spelt: Sequence[Sequence[str]]) -> FileSummary:
+    """The counts of the records that were looked at, as training prints them."""
+    from reflectron.engine.data.store import FileSummary
+
+    reasons = [record["reason"] for record in dropped]
+    return FileSummary.of(path, len(dropped) + len(spelt), reasons, [tokens for tokens in spelt if tokens])
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -120,7 +141,12 @@ def _config(args: argparse.Namespace) -> Config:
         seed=args.seed,
         model=ModelConfig(path=args.model),
         tokenizer=TokenizerConfig(path=args.tokenizer),
-        data=DataConfig(train=(DataFile(path=args.data),), template=args.template, max_length=args.max_len),
+        data=DataConfig(
+            train=(DataFile(path=args.data),),
+            template=args.template,
+            max_length=args.max_len,
+            special_tokens_in_content=args.special_tokens_in_content,
+        ),
         mask=MaskConfig(strategy=args.strategy, order=args.order),
         # Samples are not packed here, so no budget limits their length.
         batch=BatchConfig(tokens_per_microbatch=max(args.max_len, 64)),
@@ -144,12 +170,14 @@ def _inspect(
     from reflectron.engine.data.tokenization import tokenize
     from reflectron.engine.data.views import make_views
 
-    samples = 0
-    for record in read_records(config.data.train[0]):
+    samples, data = 0, config.data
+    for record in read_records(data.train[0]):
         if args.limit is not None and record.index >= args.limit:
             return
         try:
-            sample = tokenize(record.conversation(), tokenizer, config.data.template, config.data.max_length)
+            sample = tokenize(
+                record.conversation(), tokenizer, data.template, data.max_length, data.special_tokens_in_content
+            )
         except BadRecord as error:
             dropped.append({"index": record.index, "reason": str(error)})
             continue

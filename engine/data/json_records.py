@@ -161,8 +161,9 @@ def _check_one_a_line(first: list[RawRecord]) -> None:
             rows.append(None)
     if len(rows) == 1 and isinstance(rows[0], dict) and (reason := _whole_data_set(rows[0])):
         raise ValueError(f"it is one JSON object, {reason}")
-    unclosed = bool(first) and first[0][1].startswith(b"{") and _is_unclosed(first[0][1])
-    if unclosed and not isinstance(rows[-1], dict):
+    # A line alone, or before a good one, was cut.
+    unclosed = len(first) == 2 and first[0][1].startswith(b"{") and _is_unclosed(first[0][1])
+    if unclosed and not isinstance(rows[1], dict):
         raise ValueError(
             f"line {first[0][0]} begins a JSON object that goes on over several lines, expected one record a line or "
             "one array: `jq -c . FILE` writes each object on a line, `jq -c '.data[]' FILE` the objects of its list "

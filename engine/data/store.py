@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,19 @@ class FileSummary:
     """Samples whose contents spell a special token, by token, commonest first."""
     with_special_tokens: int
     """Samples whose contents spell any."""
+
+    @classmethod
+    def of(cls, path: str, records: int, reasons: Iterable[str], spelt: Sequence[Sequence[str]]) -> FileSummary:
+        """Count.
+
+        Args:
+            reasons: of all records that are left out.
+            spelt: special tokens of each sample whose contents spell any.
+        """
+        faults = Counter(reason.split(":")[0] for reason in reasons)
+        too_long = faults.pop(TOO_LONG, 0)
+        tokens = Counter(token for some in spelt for token in some)
+        return cls(path, records, too_long, dict(faults.most_common()), dict(tokens.most_common()), len(spelt))
 
     @property
     def rejected_total(self) -> int:
@@ -244,13 +257,8 @@ def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Itera
 
 
 def _summary(file: DataFile, shard: Shard) -> FileSummary:
-    faults = Counter(reason.split(":")[0] for _, _, reason in shard.rejects())
-    too_long = faults.pop(TOO_LONG, 0)
-    spelt = [tokens for _, _, tokens in shard.special_tokens()]
-    tokens = Counter(token for some in spelt for token in some)
-    return FileSummary(
-        file.path, shard.records, too_long, dict(faults.most_common()), dict(tokens.most_common()), len(spelt)
-    )
+    reasons = (reason for _, _, reason in shard.rejects())
+    return FileSummary.of(file.path, shard.records, reasons, [tokens for *_, tokens in shard.special_tokens()])
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -189,6 +189,7 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     if json_file.is_file():
         backend = _from_json(json_file)
     elif model_file.is_file() and model_file.suffix == ".model":
+        _check_settings(settings, folder)
         model = convert_sentencepiece(model_file)
         backend = model.tokenizer
         settings = {name: getattr(model, name) for name in _NAMED_TOKENS} | settings
@@ -204,6 +205,16 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     tag_ids, sub_tokens = _add_tags(backend) if template == "reflection" else ({}, {})
     kept = model_file if model_file.is_file() else None
     return Tokenizer(backend, template, bos_id, eos_id, tag_ids, sub_tokens, settings | named, kept)
+
+
+def _check_settings(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse what would make transformers derive another tokenizer from a lone ``tokenizer.model``."""
+    for name, ours in (("legacy", True), ("add_prefix_space", True)):
+        if settings.get(name) not in (None, ours):
+            raise ValueError(
+                f"{name} in {folder / 'tokenizer_config.json'} is {settings[name]!r}, expected {json.dumps(ours)} or "
+                "none beside a tokenizer.model alone; let transformers write tokenizer.json there"
+            )
 
 
 def _add_tags(backend: tokenizers.Tokenizer) -> tuple[dict[str, int], dict[str, list[int]]]:
