@@ -40,7 +40,7 @@ _FOREIGN = (
     *((magic, "compressed twice; unpack it once") for magic in _DECOMPRESSORS),
 )
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES, _HEAD_BYTES = 1 << 20, 512
 # A file of records shrinks to a tenth, at the very most to a hundredth; bombs of gzip reach a thousandth, others more.
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 200
 
@@ -62,18 +62,19 @@ class ByteBlocks:
         total, expanded = max(self._path.stat().st_size, 1), 0
         with self._path.open("rb") as raw:
             stream = _decompressed(raw)
-            while block := stream.read(_BLOCK_BYTES):
-                if not expanded:
-                    _check_is_text(block)
-                    block = block.removeprefix(codecs.BOM_UTF8)
+            head = _read_head(stream)
+            _check_is_text(head)
+            block = head.removeprefix(codecs.BOM_UTF8)
+            while block:
                 expanded += len(block)
                 self.share_read = min(raw.tell() / total, 1.0)
                 if expanded > max(_BOMB_BYTES, _BOMB_RATIO * total):
                     raise ValueError(
-                        f"its {total} bytes expand to more than {expanded // 1024**2} MiB, expected at most "
-                        f"{_BOMB_RATIO} times its size; unpack it first if that is meant"
+                        f"its {total} bytes expand to more than {_BOMB_BYTES >> 20} MiB, and to more than "
+                        f"{_BOMB_RATIO} times themselves; unpack it first if that is meant"
                     )
                 yield block
+                block = stream.read(_BLOCK_BYTES)
 
 
 def starts_with(path: Path, magic: bytes) -> bool:
@@ -87,6 +88,14 @@ def _decompressed(raw: IO[bytes]) -> Any:
     head = raw.read(max(map(len, _DECOMPRESSORS)))
     raw.seek(0)
     return next((opened(raw) for magic, opened in _DECOMPRESSORS.items() if head.startswith(magic)), raw)
+
+
+def _read_head(stream: Any) -> bytes:
+    """Enough to tell what it is; a decompressor may give less than is asked for."""
+    head = b""
+    while len(head) < _HEAD_BYTES and (more := stream.read(_BLOCK_BYTES)):
+        head += more
+    return head
 
 
 def _check_is_text(block: bytes) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from reflectron.engine.data.conversation import BadRecord
 
 _MOST_BYTES = 1 << 29
-_STRUCTURE, _IN_STRING = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
+_STRUCTURE = re.compile(rb'["\[\]{},]')
+_OPENING, _CLOSING, _BLOCK_END = (b"[", b"{"), (b"]", b"}"), (b"", b'"')
 # Lists of objects that are part of one record.
 _PARTS_OF_A_RECORD = ("messages", "conversations", "conversation", "tools", "functions")
 
@@ -122,23 +123,43 @@ def _joined(cuts: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]
 
 def _cuts(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
     """Text, and the mark behind it that cuts the outermost array: ``[``, ``,`` or ``]``; no mark at a block's end."""
-    depth, in_string, skip = 0, False, 0
+    depth, start = 0, 0
+    for block, position, mark in _marks(blocks):
+        depth += (mark in _OPENING) - (mark in _CLOSING)
+        if mark in _BLOCK_END:
+            yield block[start:], b""
+            start = 0
+        elif depth == (0 if mark in _CLOSING else 1):
+            yield block[start:position], mark
+            start = position + 1
+
+
+def _marks(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, int, bytes]]:
+    """Each bracket, brace and comma outside of strings: its block, its place there, and itself.
+
+    A block's end comes as a mark of ``_BLOCK_END``: a quote when it lies inside a string.
+    """
+    in_string, position = False, 0
     for block in blocks:
-        start, position = 0, skip
-        while found := (_IN_STRING if in_string else _STRUCTURE).search(block, position):
-            mark, position = found.group(), found.end()
-            if mark == b"\\":
-                position += 1
-                continue
-            if mark == b'"':
-                in_string = not in_string
-                continue
-            depth += (mark in b"[{") - (mark in b"]}")
-            if (mark in b"[{" and depth == 1) or (mark == b"," and depth == 1) or (mark in b"]}" and depth == 0):
-                yield block[start : found.start()], mark
-                start = position
-        skip = max(position - len(block), 0)
-        yield block[start:], b""
+        while True:
+            if in_string:
+                quote = block.find(b'"', position)
+                end = len(block) if quote < 0 else quote
+                # Behind an odd number of backslashes a quote is part of the string, as is the next block's first byte.
+                text = block[position:end]
+                is_escaped = (len(text) - len(text.rstrip(b"\\"))) % 2 == 1
+                if quote < 0:
+                    break
+                in_string, position = is_escaped, quote + 1
+            elif found := _STRUCTURE.search(block, position):
+                in_string, position = found.group() == b'"', found.end()
+                if not in_string:
+                    yield block, found.start(), found.group()
+            else:
+                is_escaped = False
+                break
+        position = int(is_escaped)
+        yield block, len(block), b'"' if in_string else b""
 
 
 def _grown(size: int, text: bytes) -> int:
@@ -194,10 +215,5 @@ def _whole_data_set(row: dict[str, Any]) -> str | None:
 
 def _is_unclosed(value: bytes) -> bool:
     """Whether a line ends inside brackets, and not inside a string as one that was cut mostly does."""
-    depth, in_string, position = 0, False, 0
-    while found := (_IN_STRING if in_string else _STRUCTURE).search(value, position):
-        mark, position = found.group(), found.end()
-        position += mark == b"\\"
-        in_string ^= mark == b'"'
-        depth += (mark in b"[{") - (mark in b"]}")
-    return depth > 0 and not in_string
+    marks = [mark for *_, mark in _marks([value])]
+    return sum(mark in _OPENING for mark in marks) > sum(mark in _CLOSING for mark in marks) and marks[-1] != b'"'

@@ -156,6 +156,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: self.settings[name] for name in _CARRIED_SETTINGS if name in self.settings},
             **special,
+            **self._prefix_space(),
             "added_tokens_decoder": _added_tokens(self.backend),
             "clean_up_tokenization_spaces": False,
             "chat_template": self.chat_template(),
@@ -164,6 +165,11 @@ class Tokenizer:
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if self.sentencepiece_file is not None and self.sentencepiece_file.parent.resolve() != folder.resolve():
             shutil.copyfile(self.sentencepiece_file, folder / "tokenizer.model")
+
+    def _prefix_space(self) -> dict[str, bool]:
+        """What tokenizer.json says; without it transformers 4 sets it to false."""
+        state = json.loads(self.backend.to_str())["pre_tokenizer"] or {}
+        return {name: state[name] for name in ("add_prefix_space",) if name in state}
 
     def _additional_special_tokens(self) -> list[str]:
         declared = self.settings.get("additional_special_tokens") or self.settings.get("extra_special_tokens") or []
