@@ -56,6 +56,7 @@ def convert_sentencepiece(path: Path) -> SentencePieceModel:
     # Sentencepiece looks for them in the text with escaped spaces, so one with a plain space is never found.
     user_defined = [p for p, _, t in pieces if t == kinds.USER_DEFINED and " " not in p]
     tokenizer.add_tokens([AddedToken(p, normalized=True, special=False) for p in user_defined])
+    _check_ties(pieces, kinds.NORMAL, path)
     _check_runs(tokenizer, processor, pieces, path)
     return _with_special_names(tokenizer, proto.trainer_spec, {piece: i for i, (piece, _, _) in enumerate(pieces)})
 
@@ -70,6 +71,21 @@ def _with_special_names(tokenizer: Tokenizer, spec: Any, ids: dict[str, int]) ->
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", pair, [(bos, ids[bos])])
     eos, pad = name(spec.eos_piece, spec.eos_id), name(spec.pad_piece, spec.pad_id)
     return SentencePieceModel(tokenizer, bos, eos, spec.unk_piece, pad)
+
+
+def _check_ties(pieces: list[tuple[str, float, int]], normal: int, path: Path) -> None:
+    """Refuse pieces that score alike, unless they are runs of one character: the leftmost has no rank."""
+    alike: dict[float, set[str]] = {}
+    for piece, score, kind in pieces:
+        if kind == normal and len(piece) > 1:
+            alike.setdefault(score, set()).add(piece)
+    for score, tied in alike.items():
+        if len(tied) > 1 and len(set("".join(tied))) > 1:
+            first, second, *_ = sorted(tied)
+            raise ValueError(
+                f"{path} cannot be represented: its pieces {first!r} and {second!r} have the same score {score:g}; "
+                "give a tokenizer.json"
+            )
 
 
 def _check_runs(tokenizer: Tokenizer, processor: Any, pieces: list[tuple[str, float, int]], path: Path) -> None:
@@ -128,8 +144,8 @@ def _check_representable(proto: Any, path: Path) -> None:
 def _bpe(proto: Any, pieces: list[tuple[str, float, int]]) -> BPE:
     """Sentencepiece merges the pair whose result scores highest; here merges are ranked by that score.
 
-    Where several pairs give one piece, sentencepiece takes the leftmost, and in a run of one character that is the
-    one with the longest left part; ranked otherwise, deep indentation is cut differently.
+    Of pairs that score alike sentencepiece takes the leftmost, and in a run of one character that is the one with the
+    longest left part: those of one piece score alike, and in Llama's and Mistral's models all runs of spaces do.
 
     Only normal pieces arise by merging: bytes, control and user-defined pieces never do.
     """
