@@ -202,10 +202,10 @@ def _whole_data_set(row: dict[str, Any]) -> str | None:
                 f"whose list {name!r} holds {len(inner)} objects, expected one record a line or one array: "
                 f"`jq -c '.[\"{name}\"][]' FILE` writes them so"
             )
-    columns = [value for value in row.values() if isinstance(value, (list, dict))]
-    sizes = {len(column) for column in columns}
-    strings = [all(isinstance(v, str) for v in (c.values() if isinstance(c, dict) else c)) for c in columns]
-    if len(columns) == len(row) > 1 and len(sizes) == 1 and sizes != {0} and any(strings):
+    columns = [list(v.values()) if isinstance(v, dict) else v for v in row.values() if isinstance(v, (list, dict))]
+    cells = [cell for column in columns for cell in column]
+    is_flat = any(isinstance(cell, str) for cell in cells) and not any(isinstance(cell, (list, dict)) for cell in cells)
+    if len(columns) == len(row) > 1 and len({len(column) for column in columns}) == 1 and is_flat:
         return (
             "of columns, expected one record a line: pandas writes them so with "
             "to_json(FILE, orient='records', lines=True)"

@@ -191,7 +191,7 @@ def _hub_dataset(name: str, split: str) -> Any:
         return datasets.load_dataset(name, split=split)
     # The package raises more than a dozen types here: connection, missing repository, missing split, bad script.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
         raise ValueError(
             f"data file {name} does not exist, and no data set {name!r} with split {split!r} "
             f"could be loaded from the hub ({reason})"

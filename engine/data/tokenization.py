@@ -100,7 +100,7 @@ class _Encoded:
 def _spelt(texts: list[str], parts: list[list[int]], tokenizer: Tokenizer) -> tuple[str, ...]:
     """The special tokens among the ids of ``texts``; <unk> also stands for what the vocabulary does not have."""
     special = tokenizer.special_tokens
-    found = {i for ids in parts for i in ids if i in special}
+    found = special.keys() & {i for ids in parts for i in ids}
     unknown = tokenizer.settings.get("unk_token")
     return tuple(special[i] for i in sorted(found) if special[i] != unknown or any(unknown in text for text in texts))
 

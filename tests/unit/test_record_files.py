@@ -217,6 +217,19 @@ def test_nothing_beside_a_comma_is_a_bad_record(tmp_path: Path, array: str) -> N
     assert b"{}" in values
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "tags": ["a", "b"]},
+        {"instruction": "x", "output": "y", "tests": ["a", "b"]},
+        {"turns": [{"role": "user", "content": "x"}]},
+    ],
+)
+def test_a_single_record_is_no_whole_data_set(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    assert decoded(tmp_path / "x.jsonl") == [row]
+
+
 def test_a_first_line_that_was_cut_costs_itself_alone(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"instruction": "x",\n' + LINES)
     records = list(read_records(DataFile(path=str(tmp_path / "x.jsonl"))))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.sources import read_records
+from reflectron.engine.text import printable
 
 Part = Literal["prompt", "description", "solution", "tests"]
 Row = dict[str, Any]
@@ -80,7 +81,7 @@ def _hub_rows(source: str) -> Iterator[Row]:
         yield from datasets.load_dataset(name, configuration or None, split=split or "test")
     # The package raises more than a dozen types here: connection, missing repository, missing split.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
         raise ValueError(f"benchmark {source} is no file, and could not be loaded from the hub ({reason})") from error
 
 
