@@ -255,4 +255,6 @@ def _styles(one: Inspected) -> list[str]:
 
 def _run_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     # Behind another token, because sentencepiece drops a space at the start of what it decodes.
-    return tokenizer.decode([tokenizer.eos_id, *ids]).removeprefix(tokenizer.decode([tokenizer.eos_id]))
+    text = tokenizer.decode([tokenizer.eos_id, *ids]).removeprefix(tokenizer.decode([tokenizer.eos_id]))
+    # A record may hold what would move the cursor or set the terminal's title.
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

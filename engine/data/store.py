@@ -13,8 +13,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -279,8 +280,12 @@ def _write_lists(folder: Path, files: Sequence[DataFile], shards: Sequence[Shard
         for index, line, tokens in shard.special_tokens()
     ]
     for name, rows in (("rejects.jsonl", rejects), ("special_tokens.jsonl", spelt)):
-        content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-        write_atomically(folder / name, lambda stream, content=content: stream.write(content))
+        lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+        write_atomically(folder / name, partial(_write_lines, lines))
+
+
+def _write_lines(lines: Sequence[bytes], stream: IO[bytes]) -> None:
+    stream.writelines(lines)
 
 
 def _check_too_long(store: TokenStore, max_length: int) -> None:

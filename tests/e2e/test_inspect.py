@@ -207,7 +207,7 @@ if __name__ == "__main__":
 def test_counts_of_what_was_looked_at_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[Any] = [
         {"instruction": "x", "output": "<s>a</s>"},
-        {"instruction": "x", "output": "b"},
+        {"instruction": "x", "output": "b\x1b]0;title\x07\x9b2J\u202e"},
         {"instruction": "x", "output": ""},
         {"instruction": "x", "output": "c " * 500},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -223,4 +223,6 @@ def test_counts_of_what_was_looked_at_are_printed(tmp_path: Path, capsys: pytest
     found = json.loads((tmp_path / "out.json").read_text())["samples"]
     assert [sample.get("special_tokens_in_content") for sample in found] == [["<s>", "</s>"], None]
     assert cli.main(command) == 0
-    assert counts in capsys.readouterr().out
+    drawn = capsys.readouterr().out
+    assert counts in drawn
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(drawn)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from reflectron.engine.data.conversation import BadRecord, Block, BlockType, Conversation, Kind, Message, Role
+from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Kind, Message, Role
 from reflectron.engine.data.schemas.values import present, short, text
 
 # What OpenAI and servers like it put beside the text: training without it would teach another conversation.
@@ -118,4 +118,4 @@ def _block(where: str, block: object) -> tuple[Block, bool]:
     if others := columns.keys() - {name}:
         raise BadRecord(f"unknown key: {where} has {short(min(map(str, others)))} beside its type and {name}")
     content = text(columns.get(name), f"{where} {name}")
-    return Block(cast(BlockType, kind), content), name == "content"
+    return Block(kind, content), name == "content"
