@@ -183,10 +183,10 @@ def _loss_meter(config: Config, with_gradients: bool, dtype: str) -> LossMeter:
     (model,) = load_model(config, inputs, groups, getattr(torch, dtype))
 
     def measure(views: SampleViews) -> tuple[dict[str, float], dict[str, float] | None]:
-        if (length := int(views.position_ids.max()) + 1) > inputs.arch.rope.positions:
+        if (length := len(views.input_ids)) > inputs.arch.rope.positions:
             raise ValueError(
-                f"a sample has {length} tokens, expected at most {inputs.arch.rope.positions}, the positions of the model "
-                "(max_position_embeddings); lower --max-len"
+                f"a sample has {length} tokens, expected at most {inputs.arch.rope.positions}, the positions of the "
+                "model (max_position_embeddings); lower --max-len"
             )
         with torch.set_grad_enabled(with_gradients):
             loss, numbers = sample_loss(model, views)

@@ -182,9 +182,9 @@ class RandomSource:
 class WithAddedTokens:
     """A source whose vocabulary grew, input and output rows alike.
 
-    The embedding of each new tag is the mean of its sub-tokens' (the reference's rule). Any other new row is the mean of
-    all old ones: what ``resize_token_embeddings`` of transformers 4.46 and later draws from a normal distribution around
-    that mean, whose covariance it scales by 1e-9.
+    The embedding of each new tag is the mean of its sub-tokens' (the reference's rule). Any other new row is the mean
+    of all old ones, around which ``resize_token_embeddings`` of transformers 4.46 and later draws it, with 1e-9 times
+    their covariance.
 
     Args:
         source: the checkpoint before the addition.

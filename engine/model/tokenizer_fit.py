@@ -78,8 +78,8 @@ def _compare_vocabularies(tokenizer: Tokenizer, tokenizer_path: str, model_path:
         found = tokenizer.backend.id_to_token(i)
         if found != content:
             raise ValueError(
-                f"{tokenizer_path}: token {i} is {_shown(found)}, but {_shown(content)} in the tokenizer of {model_path}: "
-                "it is another model's; leave tokenizer.path out, or name one that extends the model's own"
+                f"{tokenizer_path}: token {i} is {_shown(found)}, but {_shown(content)} in the tokenizer of "
+                f"{model_path}: it is another model's; leave tokenizer.path out, or name one that extends the model's own"
             )
     return True
 
