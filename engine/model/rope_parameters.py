@@ -80,13 +80,14 @@ class RopeParameters:
     def to_hf(self, attention_factor: float) -> dict[str, Any]:
         """The keys that transformers 4.48 to 5 and vLLM read as this rotation.
 
-        Yarn's temperature is spelt out, since transformers 4.48 knows no ``mscale``, and the positions are those before
-        the extension, which it takes for the original ones.
+        ``attention_factor`` is yarn's temperature, which stands in for the ``mscale`` that transformers 4.48 does not
+        know. The positions are those before yarn's extension, which it takes for the original ones.
         """
         scaling: dict[str, Any] = {"rope_type": self.rope_type, **self.scaling}
         positions = self.max_position_embeddings
         if self.rope_type == "yarn":
-            scaling["attention_factor"] = attention_factor
+            if "mscale" in scaling:
+                scaling["attention_factor"] = attention_factor
             positions = self.scaling[_ORIGINAL]
         return {
             "max_position_embeddings": positions,

@@ -79,7 +79,7 @@ def _compare_vocabularies(tokenizer: Tokenizer, tokenizer_path: str, model_path:
         if found != content:
             raise ValueError(
                 f"{tokenizer_path}: token {i} is {_shown(found)}, but {_shown(content)} in the tokenizer of "
-                f"{model_path}: it is another model's; leave tokenizer.path out, or name one that extends the model's own"
+                f"{model_path}: it is another model's; leave tokenizer.path out, or name one that extends that one"
             )
     return True
 
