@@ -83,7 +83,12 @@ class RopeParameters:
         ``attention_factor`` is yarn's temperature, which stands in for the ``mscale`` that transformers 4.48 does not
         know. The positions are those before yarn's extension, which it takes for the original ones.
         """
-        scaling: dict[str, Any] = {"rope_type": self.rope_type, **self.scaling}
+        # transformers 4.48 warns of a factor that is no float.
+        numbers = {
+            name: float(value) if type(value) is int and name != _ORIGINAL else value
+            for name, value in self.scaling.items()
+        }
+        scaling: dict[str, Any] = {"rope_type": self.rope_type, **numbers}
         positions = self.max_position_embeddings
         if self.rope_type == "yarn":
             if "mscale" in scaling:
