@@ -107,8 +107,12 @@ def _reading(hf_config: Mapping[str, Any], key: str, source: str, context: int) 
     given = hf_config[key]
     if not isinstance(given, dict):
         raise ValueError(f"{source}: {key} is {given!r}, expected an object")
-    # transformers writes absent numbers as null.
-    scaling = {name: value for name, value in given.items() if value is not None and name not in _WITHOUT_EFFECT}
+    # transformers writes absent numbers as null. Only truncate has another meaning when it is null than when absent.
+    scaling = {
+        name: value
+        for name, value in given.items()
+        if (value is not None or name == "truncate") and name not in _WITHOUT_EFFECT
+    }
     rope_type = _rope_type(scaling, key, source)
     theta = _theta(hf_config, (f"{key}.rope_theta", scaling.pop("rope_theta", None)), source)
     _check_scaling(scaling, rope_type, key, source)

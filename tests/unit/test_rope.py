@@ -248,6 +248,10 @@ def test_each_token_is_rotated_by_its_own_position_as_in_transformers(dtype: tor
             {"rope_scaling": {**YARN, "truncate": "no"}},
             "rope_scaling.truncate is 'no', expected true or false",
         ),
+        (
+            {"rope_scaling": {**YARN, "truncate": None}},
+            "rope_scaling.truncate is None, expected true or false",
+        ),
     ],
 )
 def test_refusals_name_the_key(hf_config: dict[str, Any], message: str) -> None:
