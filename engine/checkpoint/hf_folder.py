@@ -70,7 +70,8 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     stops = [tokenizer.eos_id]
     if "<|endofmessage|>" in tokenizer.tag_ids:
         stops.append(tokenizer.tag_ids["<|endofmessage|>"])
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
+    eos = stops if len(stops) > 1 else stops[0]
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def test_ids_are_alike_in_all_files(template: str, named: dict[str, str], bos: i
     out = export(SIZES | {"eos_token_id": 7, "pad_token_id": 0}, tmp_path, template, **named)
     generation = GenerationConfig.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    stops = [2, tokenizer.convert_tokens_to_ids("<|endofmessage|>")] if template == "reflection" else [2]
+    stops = [2, tokenizer.convert_tokens_to_ids("<|endofmessage|>")] if template == "reflection" else 2
     for config in (read_hf_config(out), generation.to_dict()):
         assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [bos, stops, pad]
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, pad)
