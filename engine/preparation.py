@@ -25,6 +25,7 @@ from reflectron.engine.model.families import (
     parse_architecture,
     read_hf_config,
 )
+from reflectron.engine.model.tokenizer_fit import check_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class ModelInputs:
     """Rows of the original's embedding."""
     tokenizer: Tokenizer
     """With the tags."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the two go together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def read_model_inputs(config: Config) -> ModelInputs:
     tokenizer_path = config.tokenizer.path or config.model.path
     assert tokenizer_path is not None, "check_relations asks for tokenizer.path beside model.config"
     tokenizer = load_tokenizer(tokenizer_path, config.data.template)
-    _check_vocabulary(arch, tokenizer, str(source))
+    notes = check_tokenizer(arch, tokenizer, tokenizer_path, hf_config, config.model.path)
     check_parallel(arch, config.parallel)
     layers_per_stage(arch.num_layers, config.parallel)
     return ModelInputs(
@@ -74,18 +77,8 @@ def read_model_inputs(config: Config) -> ModelInputs:
         arch=replace(arch, vocab_size=max(arch.vocab_size, tokenizer.size)),
         original_vocab_size=arch.vocab_size,
         tokenizer=tokenizer,
+        notes=notes,
     )
-
-
-def _check_vocabulary(arch: Architecture, tokenizer: Tokenizer, source: str) -> None:
-    """The model may lack rows for new tags, whose embeddings are averaged, and for nothing else."""
-    new = {tokenizer.tag_ids[tag] for tag in tokenizer.tag_sub_tokens}
-    missing = [token for token in range(arch.vocab_size, tokenizer.size) if token not in new]
-    if missing:
-        raise ValueError(
-            f"{source}: vocab_size is {arch.vocab_size}, expected at least {missing[-1] + 1}: "
-            f"the tokenizer has tokens that the model has no embedding for"
-        )
 
 
 def prepare(config: Config, progress: bool) -> RunInputs:
@@ -106,6 +99,7 @@ def prepare(config: Config, progress: bool) -> RunInputs:
             return None
         store = build_store(config.data, files, model.tokenizer, store_folder(config, part), progress)
         check_budget(store, files, config)
+        check_positions(store, files, config, model.arch)
         return store
 
     return RunInputs(
@@ -149,6 +143,22 @@ def check_budget(store: TokenStore, files: tuple[DataFile, ...], config: Config)
             f"batch.tokens_per_microbatch is {budget}, expected at least {needed}: record "
             f"{store.record_index[worst]} of {files[store.file_index[worst]].path} has that many tokens in its two "
             "views (or lower data.max_length)"
+        )
+
+
+def check_positions(store: TokenStore, files: tuple[DataFile, ...], config: Config, arch: Architecture) -> None:
+    """Refuse samples that are longer than the model has positions; a smaller ``data.max_length`` drops and counts them.
+
+    Raises:
+        ValueError: naming the longest sample.
+    """
+    positions = arch.rope.positions
+    longest = int(store.lengths.argmax()) if len(store) else 0
+    if len(store) and store.lengths[longest] > positions:
+        raise ValueError(
+            f"data.max_length is {config.data.max_length}, expected at most {positions}, the positions of the model "
+            f"(max_position_embeddings): record {store.record_index[longest]} of "
+            f"{files[store.file_index[longest]].path} has {store.lengths[longest]} tokens"
         )
 
 

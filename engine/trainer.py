@@ -252,7 +252,8 @@ def weight_source(config: Config, inputs: ModelInputs) -> TensorSource:
         source = RandomSource(config.seed, inputs.arch.initializer_range)
     tokenizer = inputs.tokenizer
     new = {tokenizer.tag_ids[tag]: ids for tag, ids in tokenizer.tag_sub_tokens.items()}
-    return WithAddedTokens(source, inputs.original_vocab_size, new) if new else source
+    grew = inputs.arch.vocab_size > inputs.original_vocab_size
+    return WithAddedTokens(source, inputs.original_vocab_size, new) if new or grew else source
 
 
 def export_checkpoint(chunks: Sequence[PackedGPT], inputs: ModelInputs, groups: ParallelGroups, folder: Path) -> None:

@@ -11,12 +11,14 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, MaskConfig, ModelConfig, TokenizerConfig
+from reflectron.engine.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -204,9 +206,16 @@ def _loss_meter(config: Config, with_gradients: bool, dtype: str) -> LossMeter:
     from reflectron.engine.trainer import load_model
 
     inputs = read_model_inputs(config)
+    for note in inputs.notes:
+        print(printable(note, 1000), file=sys.stderr)
     (model,) = load_model(config, inputs, groups, getattr(torch, dtype))
 
     def measure(views: SampleViews) -> tuple[dict[str, float], dict[str, float] | None]:
+        if (length := len(views.input_ids)) > inputs.arch.rope.positions:
+            raise ValueError(
+                f"a sample has {length} tokens, expected at most {inputs.arch.rope.positions}, the positions of the "
+                "model (max_position_embeddings); lower --max-len"
+            )
         with torch.set_grad_enabled(with_gradients):
             loss, numbers = sample_loss(model, views)
         if not with_gradients:

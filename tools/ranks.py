@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflectron.engine.config import Config, ParallelConfig
 from reflectron.engine.parallel.launch import resolve_environment, spawn_local
+from reflectron.engine.text import printable
 
 if TYPE_CHECKING:
     from reflectron.engine.parallel.process_groups import ParallelGroups
@@ -42,7 +44,9 @@ def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do
         if config.model.path:
             from reflectron.engine.checkpoint.dist_source import open_weights
 
-            open_weights(config.model.path, inputs.model.arch).open_all()
+            original = replace(inputs.model.arch, vocab_size=inputs.model.original_vocab_size)
+            open_weights(config.model.path, original).open_all()
+        _print_notes(inputs)
         for store in (inputs.train, inputs.validation):
             for summary in store.summaries if store is not None else ():
                 print(summary, flush=True)
@@ -53,9 +57,14 @@ def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do
         return _start_ranks(config, words)
     os.environ.update(place.variables())
     if place.rank == 0:
-        prepare(config, progress=sys.stderr.isatty())
+        _print_notes(prepare(config, progress=sys.stderr.isatty()))
 
     return _run_rank(config, body, nothing_to_do)
+
+
+def _print_notes(inputs: RunInputs) -> None:
+    for note in inputs.model.notes:
+        print(printable(note, 1000), flush=True)
 
 
 def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None) -> int:

@@ -88,6 +88,13 @@ class Tokenizer:
         """Ids in use, tags included: the rows an embedding needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def pad_id(self) -> int:
+        """The padding token that an export names: the tokenizer's own, or EOS."""
+        pad = self.settings.get("pad_token")
+        found = None if pad is None else self.backend.token_to_id(_content(pad))
+        return self.eos_id if found is None else found
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that determines the ids of a text."""
@@ -149,7 +156,9 @@ class Tokenizer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        named = {name: self.settings[name] for name in _NAMED_TOKENS if self.settings.get(name) is not None}
+        # A name that the vocabulary does not have would be added to it when the folder is loaded.
+        given = {name: self.settings[name] for name in _NAMED_TOKENS if self.settings.get(name) is not None}
+        named = {name: token for name, token in given.items() if self.backend.token_to_id(_content(token)) is not None}
         named.setdefault("pad_token", named["eos_token"])
         special = {**named, "additional_special_tokens": self._additional_special_tokens()}
         config = {
