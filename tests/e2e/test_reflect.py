@@ -93,7 +93,7 @@ def test_each_fault_rejects_its_problem_and_is_named(tmp_path: Path) -> None:
     problems = [problem(number) for number in range(len(names))]
     with ScriptedServer(lambda body: FAULTS[names[number_of(body)]](body)) as server:
         more = ("--attempts", "2", "--rounds", "2", "--run-seconds", "2")
-        assert reflect(server, tmp_path, [*problems, problem(0), {"text": "?"}], *more) == 0
+        assert reflect(server, tmp_path, [*problems, problem(0), {"text": "?"}], *more) == 1
     rejects = {int(row["source"].split(":")[-1]): row["reason"] for row in rows(tmp_path / "rejects.jsonl")}
     assert len(rejects) == len(names) + 2
     for number, name in enumerate(names):
@@ -133,7 +133,7 @@ def test_a_spent_budget_ends_the_run_and_a_larger_one_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with ScriptedServer(speak) as server:
-        assert reflect(server, tmp_path, [problem(1)], "--max-total-tokens", "1") == 0
+        assert reflect(server, tmp_path, [problem(1)], "--max-total-tokens", "1") == 1
         assert "stopped: the token budget is spent: " in capfd.readouterr().err
         assert len(server.requests) == 1
         assert not rows(tmp_path / "reflection.jsonl")

@@ -141,20 +141,42 @@ def test_a_bad_request_is_not_asked_again(tmp_path: Path) -> None:
     assert "scripted 400" in attempts(tmp_path)[0]["error"]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_a_refused_key_or_model_ends_the_run(tmp_path: Path, status: int) -> None:
     with (
         ScriptedServer(in_order(Scripted(status=status))) as server,
-        pytest.raises(ValueError, match=f"refuses --model tiny or its key: .*HTTP {status}"),
+        pytest.raises(ValueError, match=f"refused 3 requests in a row, .*HTTP {status}"),
     ):
-        ask(tmp_path, server, [question()])
-    assert [record["outcome"] for record in attempts(tmp_path)] == ["not authorised"]
+        ask(tmp_path, server, [question(str(i)) for i in range(9)])
+    outcome = "not found" if status == 404 else "not authorised"
+    assert [record["outcome"] for record in attempts(tmp_path)] == [outcome] * 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 307])
+def test_one_refusal_fails_its_request_only(tmp_path: Path, status: int) -> None:
+    refused = Scripted(status=status)
+    with ScriptedServer(in_order(refused, refused, OK, refused, refused, OK)) as server:
+        answers, _, stop = ask(tmp_path, server, [question(str(i)) for i in range(6)])
+    outcome = "not found" if status in (404, 307) else "not authorised"
+    assert [answer if isinstance(answer, str) else answer.text for answer in answers] == 2 * [outcome, outcome, OK.text]
+    assert stop.reason is None
+
+
+def test_requests_that_are_all_bad_stop_the_run(tmp_path: Path) -> None:
+    with ScriptedServer(in_order(Scripted(status=400))) as server:
+        answers, _, stop = ask(tmp_path, server, [question(str(i)) for i in range(30)])
+    assert answers == ["bad request"] * 10
+    assert str(stop.reason).startswith("10 requests failed in a row, the last with bad request: HTTP 400")
+    # Behind an answer they are each the fault of their own prompt.
+    with ScriptedServer(in_order(OK, Scripted(status=400))) as server:
+        answers, _, stop = ask(tmp_path / "more", server, [question(str(i)) for i in range(30)])
+    assert (len(answers), stop.reason) == (30, None)
 
 
 def test_no_quota_ends_the_run(tmp_path: Path) -> None:
     spent = Scripted(status=429, raw=b'{"error": {"message": "pay", "code": "insufficient_quota"}}')
     with ScriptedServer(in_order(spent)) as server, pytest.raises(ValueError, match="insufficient_quota"):
-        ask(tmp_path, server, [question()])
+        ask(tmp_path, server, [question(str(i)) for i in range(3)])
 
 
 def test_a_server_that_is_down_stops_the_run(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_spent_budget_ends_cleanly_and_the_same_command_finishes(
         assert run("whole") == 0
         assert len(server.requests) == 40
         assert run("parts", "--max-total-tokens", "2000", "--concurrency", "1") == 1
-        assert "seeds left (the token budget is spent" in capsys.readouterr().out
+        assert re.search(r"stopped: the token budget is spent: .*; \d+ seeds left\.", capsys.readouterr().out)
         assert 0 < len(read_rows(tmp_path / "parts" / "oss_instruct.jsonl")) < 20
         assert run("parts") == 0
         assert len(server.requests) == 80

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from reflectron.tools.llm.client import LlmClient
@@ -64,8 +65,10 @@ def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient
     from reflectron.tools.llm.budget import Limits
     from reflectron.tools.llm.client import LlmClient, Retries
     from reflectron.tools.llm.request import Sampling
-    from reflectron.tools.llm.transport import Endpoint
+    from reflectron.tools.llm.transport import NO_KEY, Endpoint
 
+    if not 0 < args.timeout < math.inf:
+        raise ValueError(f"--timeout is {args.timeout}, expected more than 0 seconds")
     if args.concurrency < 1:
         raise ValueError(f"--concurrency is {args.concurrency}, expected at least 1")
     sampling = Sampling(
@@ -88,17 +91,20 @@ def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient
 
         tokenizer = load_tokenizer(args.tokenizer, "reflection")
         count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-    # Servers of one's own ask for no key, but the library insists on one.
-    key = os.environ.get(args.api_key_env) or "none"
+    key = os.environ.get(args.api_key_env) or NO_KEY
     endpoint = Endpoint(args.endpoint, args.model, key, args.timeout, args.concurrency)
     return LlmClient(folder, endpoint, sampling, limits=limits, retries=retries, stop=stop, count=count)
 
 
 def _extra_body(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--extra-body is {text!r}, expected a JSON object ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"--extra-body is {text!r}, expected a JSON object")
     return value
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")

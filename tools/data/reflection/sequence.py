@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reflectron.engine.data.conversation import BadRecord, Block, parse_record
+from reflectron.tools.data.corpus import require_unicode
 from reflectron.tools.data.reflection.dialogue import Dialogue, Problem, Unusable
 from reflectron.tools.data.reflection.executions import Interpreters, Session
 from reflectron.tools.data.reflection.leftovers import leftover
@@ -174,6 +175,10 @@ class Reflection:
             raise Rejected(f"request failed: {failure}", final=failure.kind == "bad request") from None
         if answer.outcome != "ok":
             raise Rejected(f"{answer.outcome}: the answer to a request of stage {request.stage} ended before its end")
+        try:
+            require_unicode(answer.text, f"the answer to a request of stage {request.stage}")
+        except BadRecord as error:
+            raise Rejected(str(error)) from None
         return answer
 
 
