@@ -109,8 +109,8 @@ class LlmClient:
                 self._take_note(record, offset)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{self.journal.path}: the line at byte {offset} is no attempt ({one_line(error)}), expected a file "
-                    "that this command wrote; restore it or choose another --out"
+                    f"{self.journal.path}: the line at byte {offset} is no attempt ({one_line(error)}), expected a "
+                    "file that this command wrote; restore it or choose another --out"
                 ) from None
 
     async def ask(self, request: Request) -> Answer:
@@ -153,8 +153,8 @@ class LlmClient:
             self._refusals_in_a_row += 1
             if self._refusals_in_a_row >= self.retries.refusals_in_a_row:
                 raise ValueError(
-                    f"the endpoint refused {self._refusals_in_a_row} requests in a row, expected --endpoint, --model and "
-                    f"a key (--api-key-env) that it accepts; the last with {failure}"
+                    f"the endpoint refused {self._refusals_in_a_row} requests in a row, expected --endpoint, --model "
+                    f"and a key (--api-key-env) that it accepts; the last with {failure}"
                 ) from None
             return
         # A problem may be too long for a model that answers the others.

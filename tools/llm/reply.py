@@ -18,6 +18,7 @@ from typing import Any, Literal
 from reflectron.engine.text import one_line, printable
 from reflectron.tools.llm.secrets import Secrets
 
+Protocol = Literal["chat", "completions"]
 FailureKind = Literal[
     "timeout",
     "connection",
@@ -101,9 +102,7 @@ class AttemptFailed(Exception):
         """As the server reported it."""
 
 
-def read_reply(
-    received: Received, protocol: Literal["chat", "completions"], most_bytes: int, secrets: Secrets
-) -> Reply:
+def read_reply(received: Received, protocol: Protocol, most_bytes: int, secrets: Secrets) -> Reply:
     """The answer in a response.
 
     Args:
@@ -226,7 +225,7 @@ def _choice(content: dict[str, Any]) -> dict[str, Any]:
     return choices[0]
 
 
-def _answer(choice: dict[str, Any], protocol: Literal["chat", "completions"]) -> str | None:
+def _answer(choice: dict[str, Any], protocol: Protocol) -> str | None:
     if protocol == "completions":
         text = choice.get("text")
     else:

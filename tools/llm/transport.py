@@ -57,8 +57,9 @@ class Endpoint:
         self.model, self.timeout = model, timeout
         self._base = _checked_url(base_url)
         self.secrets = Secrets([*([] if api_key == NO_KEY else [api_key]), *secrets_of_url(base_url)])
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        # Nothing that can decompress without a limit is asked for.
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        # A connection serves one request: an idle one may be closed just when the next leaves, which nobody could tell
+        # from a request that was lost after it was paid for. Only what decompresses within a limit is asked for.
         self._headers |= {"Accept-Encoding": "gzip, deflate", "Authorization": _authorization(self._base, api_key)}
         # openai's own class: the HTTP library beneath is httpx in some of its versions and httpx2 in others. Redirects
         # are not followed, because the key and the prompt would follow; a server's cookies are not kept.
@@ -134,9 +135,7 @@ def _checked_url(url: str) -> urllib.parse.SplitResult:
 def _authorization(base: urllib.parse.SplitResult, api_key: str) -> str:
     """Who the address names comes before the key."""
     if not (api_key.isascii() and api_key.isprintable()) or api_key != api_key.strip():
-        raise ValueError(
-            "the API key holds a blank, a line break or a letter beyond ASCII, expected a key as it is sent"
-        )
+        raise ValueError("the API key holds a blank, a line break or a letter beyond ASCII, expected none of them")
     userinfo = base.netloc.rpartition("@")[0]
     if not userinfo:
         return f"Bearer {api_key}"
