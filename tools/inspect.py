@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, MaskConfig, ModelConfig, TokenizerConfig
+from reflectron.engine.terminal import console
+from reflectron.engine.text import visible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,16 +98,12 @@ def run(args: argparse.Namespace) -> int:
         Path(args.json).write_text(text + "\n", encoding="utf-8")
         print(f"{len(samples)} samples, {len(dropped)} dropped -> {args.json}")
         return 0
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(_LEGEND)
+    page = console()
+    page.print(_LEGEND, markup=True)
     for one in inspected:
-        console.print(_drawing(one, tokenizer))
+        page.print(_drawing(one, tokenizer))
     for record in dropped:
-        console.print(
-            f"record {record['index']} dropped: {record['reason']}", style="red", markup=False, soft_wrap=True
-        )
+        page.print(f"record {record['index']} dropped: {visible(record['reason'])}", style="red", soft_wrap=True)
     return 0
 
 
@@ -199,7 +197,8 @@ def _drawing(one: Inspected, tokenizer: Tokenizer) -> Any:
     sample, views = one.sample, one.views
     body = Text()
     for style, run in itertools.groupby(zip(_styles(one), sample.input_ids, strict=True), key=lambda pair: pair[0]):
-        body.append(_run_text(tokenizer, [int(token) for _, token in run]), style=style)
+        # Escaped before it is laid out, so that the frame fits.
+        body.append(visible(_run_text(tokenizer, [int(token) for _, token in run])), style=style)
     lines = [
         f"{len(sample.input_ids)} tokens, {int(sample.supervised.sum())} supervised; rows: teacher CE "
         f"{views.ce_teacher_rows}, student CE {views.ce_student_rows}, KL {views.kl_rows}"
@@ -210,7 +209,7 @@ def _drawing(one: Inspected, tokenizer: Tokenizer) -> Any:
         lines.append("  ".join(f"{name} {value:.6f}" for name, value in one.loss.items()))
     if one.grad_norm is not None:
         lines.append(f"gradient norm {one.grad_norm['global']:.6f}")
-    return Panel(Group(body, Text("\n".join(lines), style="bold")), title=f"record {one.index}: {sample.kind}")
+    return Panel(Group(body, Text("\n".join(lines), style="bold")), title=Text(f"record {one.index}: {sample.kind}"))
 
 
 def _styles(one: Inspected) -> list[str]:

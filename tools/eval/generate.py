@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reflectron.engine.terminal import console
 from reflectron.tools.eval.decoding import Answer, Backend, Decoding, Prompt
 from reflectron.tools.eval.problems import (
     Dataset,
@@ -151,7 +152,8 @@ def _answers(
     # Prompts of like length share a batch: less padding.
     ordered = sorted(samples, key=lambda sample: len(sample.prompt.text))
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    for batch in track(batches, description="generating", disable=not sys.stderr.isatty(), transient=True):
+    shown = {"console": console(stderr=True), "disable": not sys.stderr.isatty(), "transient": True}
+    for batch in track(batches, description="generating", **shown):
         answers = backend.complete([sample.prompt for sample in batch], decoding)
         yield from zip(batch, answers, strict=True)
 
