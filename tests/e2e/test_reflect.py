@@ -142,6 +142,30 @@ def test_a_spent_budget_ends_the_run_and_a_larger_one_goes_on(
     assert len(rows(tmp_path / "reflection.jsonl")) == 1
 
 
+@pytest.mark.parametrize(
+    ("script", "last"),
+    [
+        (None, "stopped: requests failed for the server's sake, see attempts.jsonl; 2 problems left."),
+        (lambda body: Scripted(status=401), "stopped: requests failed for the server's sake, see attempts.jsonl; 2"),
+        (lambda body: Scripted(text="I do not know."), "nothing was made: all problems were tried and none gave a"),
+        (lambda body: Scripted(text="```python\nassert '\ud800'\n```"), "nothing was made: all problems were tried"),
+    ],
+)
+def test_a_run_that_made_nothing_or_not_all_ends_with_1(
+    tmp_path: Path, script: Callable[[dict[str, Any]], Scripted] | None, last: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ScriptedServer(script or speak) as server:
+        if script is None:
+            server.url = "http://127.0.0.1:1/v1"
+        assert reflect(server, tmp_path, [problem(1), problem(2)], "--attempts", "1", "--interpreters", "1") == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith(last)
+    assert len(rows(tmp_path / "attempts.jsonl")) >= 2
+    with ScriptedServer(speak) as server:
+        code = reflect(server, tmp_path, [problem(1), problem(2)], "--interpreters", "1")
+    # What failed for the server's sake is made up for; what the model answered stays.
+    assert code == (0 if last.startswith("stopped") else 1)
+
+
 def test_an_input_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "attempts.jsonl"
     file.write_text('{"problem": "x"}\n')

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import tenacity
 from reflectron.engine.text import one_line
 from reflectron.tools.llm.budget import Budget, Limits, Usage, count_usage, estimated_tokens
 from reflectron.tools.llm.journal import Journal
-from reflectron.tools.llm.reply import REFUSED, RETRIED, AttemptFailed, Reply, believable
+from reflectron.tools.llm.reply import REFUSED, RETRIED, AttemptFailed, FailureKind, Reply, believable
 from reflectron.tools.llm.request import Request, Sampling, seed_of
 from reflectron.tools.llm.transport import Endpoint
 from reflectron.tools.llm.work import ATTEMPTS, Stop
@@ -68,6 +68,27 @@ class Retries:
             raise ValueError(f"--attempts is {self.attempts}, expected at least 1")
         if not 0 <= self.first_pause < math.inf:
             raise ValueError(f"--retry-pause is {self.first_pause}, expected 0 or more seconds")
+
+
+def retrying(
+    retries: Retries, kinds: Collection[FailureKind], sleep: Callable[[float], Awaitable[None]]
+) -> tenacity.AsyncRetrying:
+    """Calls a function again while it fails with one of ``kinds``, after pauses that grow or that the server asks for."""
+    first = retries.first_pause
+    growing = tenacity.wait_random_exponential(first, _LONGEST_PAUSE * first)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        failure = state.outcome.exception() if state.outcome else None
+        asked = failure.retry_after if isinstance(failure, AttemptFailed) else None
+        return growing(state) + (0.0 if asked is None else min(asked, _LONGEST_RETRY_AFTER * first))
+
+    return tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(retries.attempts),
+        wait=pause,
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, AttemptFailed) and e.kind in kinds),
+        sleep=sleep,
+        reraise=True,
+    )
 
 
 class LlmClient:
@@ -124,28 +145,14 @@ class LlmClient:
         key = request.key(self.endpoint.model, self.sampling)
         if key in self._answers:
             return _answer(self.journal.read(self._answers[key]))
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self.retries.attempts),
-            wait=self._pause,
-            retry=tenacity.retry_if_exception(lambda e: isinstance(e, AttemptFailed) and e.kind in RETRIED),
-            sleep=self.stop.sleep,
-            reraise=True,
-        )
         try:
-            answer: Answer = await retrying(self._attempt, key, request)
+            answer: Answer = await retrying(self.retries, RETRIED, self.stop.sleep)(self._attempt, key, request)
         except AttemptFailed as failure:
             self._give_up(failure)
             raise RequestFailed(failure) from failure
         self._failures_in_a_row = self._refusals_in_a_row = 0
         self._answered_now = True
         return answer
-
-    def _pause(self, state: tenacity.RetryCallState) -> float:
-        first = self.retries.first_pause
-        pause = tenacity.wait_random_exponential(first, _LONGEST_PAUSE * first)(state)
-        failure = state.outcome.exception() if state.outcome else None
-        asked = failure.retry_after if isinstance(failure, AttemptFailed) else None
-        return pause if asked is None else min(asked, _LONGEST_RETRY_AFTER * first) + pause
 
     def _give_up(self, failure: AttemptFailed) -> None:
         """Whether the server fails all requests: then none of the others need be tried."""

@@ -89,6 +89,7 @@ class AttemptFailed(Exception):
         reached: bool = False,
         received: int | None = None,
         usage: tuple[int, int] | None = None,
+        finish_reason: str | None = None,
     ) -> None:
         super().__init__(f"{kind}: {message}")
         self.kind: FailureKind = kind
@@ -98,8 +99,8 @@ class AttemptFailed(Exception):
         """Whether the model may have written something for it, to be paid for."""
         self.received = received
         """Bytes of that; None when nobody knows."""
-        self.usage = usage
-        """As the server reported it."""
+        self.usage, self.finish_reason = usage, finish_reason
+        """As the server reported them."""
 
 
 def read_reply(received: Received, protocol: Protocol, most_bytes: int, secrets: Secrets) -> Reply:
@@ -135,6 +136,7 @@ def read_reply(received: Received, protocol: Protocol, most_bytes: int, secrets:
         raise AttemptFailed(
             "empty",
             f"no text, finish_reason is {finish_reason!r}",
+            finish_reason=finish_reason,
             reached=True,
             received=len(body),
             usage=_usage(content),
