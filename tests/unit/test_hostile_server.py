@@ -19,12 +19,12 @@ import pytest
 from hostile_server import ANSI, BEHAVIOURS, KEY, RETRY_AFTER, HostileServer, chat, named, spellings, usage
 
 from reflectron.tools.llm.budget import Limits
-from reflectron.tools.llm.client import ATTEMPTS, LlmClient, RequestFailed, Retries
+from reflectron.tools.llm.client import LlmClient, RequestFailed, Retries
 from reflectron.tools.llm.reply import AttemptFailed, Received, Reply, read_reply
 from reflectron.tools.llm.request import Request, Sampling
 from reflectron.tools.llm.secrets import Secrets
 from reflectron.tools.llm.transport import Endpoint
-from reflectron.tools.llm.work import Stop, for_each
+from reflectron.tools.llm.work import ATTEMPTS, Stop, for_each
 
 LIMITS = Limits(price_input=1.0, price_output=2.0)
 PATIENT, SHORT = 60.0, 0.3

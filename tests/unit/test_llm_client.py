@@ -15,12 +15,12 @@ import pytest
 
 from reflectron.tools.llm.arguments import require
 from reflectron.tools.llm.budget import Limits
-from reflectron.tools.llm.client import ATTEMPTS, Answer, LlmClient, RequestFailed, Retries
+from reflectron.tools.llm.client import Answer, LlmClient, RequestFailed, Retries
 from reflectron.tools.llm.journal import Journal
 from reflectron.tools.llm.request import PromptTemplate, Request, Sampling
 from reflectron.tools.llm.scripted_server import Scripted, ScriptedServer
 from reflectron.tools.llm.transport import Endpoint
-from reflectron.tools.llm.work import Stop, Stopped, for_each
+from reflectron.tools.llm.work import ATTEMPTS, Stop, Stopped, for_each
 
 OK = Scripted(text="forty-two")
 

@@ -106,7 +106,7 @@ def _records(args: argparse.Namespace) -> list[Problem | Reject]:
     from reflectron.tools.data.reflection.executions import EXECUTIONS
     from reflectron.tools.data.reflection.problems import read_problems
     from reflectron.tools.data.reflection.results import OUTCOMES, REJECTS, SAMPLES
-    from reflectron.tools.llm.client import ATTEMPTS
+    from reflectron.tools.llm.work import ATTEMPTS
 
     own = {(args.out / name).resolve() for name in (ATTEMPTS, EXECUTIONS, OUTCOMES, SAMPLES, REJECTS, STATS)}
     if taken := [path for path in args.problems if Path(path).resolve() in own]:

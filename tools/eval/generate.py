@@ -164,8 +164,8 @@ def _answers(
     # Prompts of like length share a batch: less padding.
     ordered = sorted(samples, key=lambda sample: len(sample.prompt.text))
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    shown = {"console": console(stderr=True), "disable": not sys.stderr.isatty(), "transient": True}
-    for batch in track(batches, description="generating", **shown):
+    page, hidden = console(stderr=True), not sys.stderr.isatty()
+    for batch in track(batches, description="generating", console=page, disable=hidden, transient=True):
         try:
             answers = backend.complete([sample.prompt for sample in batch], decoding)
         except Unanswered as failure:

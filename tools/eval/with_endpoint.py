@@ -67,7 +67,7 @@ class EndpointBackend:
 
     async def _ask(self, endpoint: Any, prompt: Prompt, decoding: Decoding) -> Answer:
         from reflectron.tools.llm.client import Retries, retrying
-        from reflectron.tools.llm.reply import RETRIED, AttemptFailed
+        from reflectron.tools.llm.reply import RETRIED, AttemptFailed, Reply
         from reflectron.tools.llm.request import Request, Sampling
 
         # Greedy answers need neither, and not every server takes all fields.
@@ -83,7 +83,7 @@ class EndpointBackend:
         retries = Retries(attempts=6, first_pause=self.first_pause)
         try:
             again = retrying(retries, RETRIED - {"empty"}, asyncio.sleep)
-            reply = await again(endpoint.attempt, request, sampling, prompt.seed)
+            reply: Reply = await again(endpoint.attempt, request, sampling, prompt.seed)
             text, usage, finish_reason = reply.text, reply.usage, reply.finish_reason
         except AttemptFailed as failure:
             if failure.kind != "empty":

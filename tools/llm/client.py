@@ -73,7 +73,7 @@ class Retries:
 def retrying(
     retries: Retries, kinds: Collection[FailureKind], sleep: Callable[[float], Awaitable[None]]
 ) -> tenacity.AsyncRetrying:
-    """Calls a function again while it fails with one of ``kinds``, after pauses that grow or that the server asks for."""
+    """Calls a function again while it fails with one of ``kinds``, after pauses that grow or the server asks for."""
     first = retries.first_pause
     growing = tenacity.wait_random_exponential(first, _LONGEST_PAUSE * first)
 
