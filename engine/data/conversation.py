@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from reflectron.engine.data.tokenizer import TAGS
+from reflectron.engine.text import printable
 
 BlockType = Literal["text", "code", "execution"]
 Role = Literal["user", "assistant"]
@@ -23,7 +24,13 @@ _REFLECTION_ROLES = ["user", "assistant", "user", "assistant"]
 
 
 class BadRecord(ValueError):
-    """Why a record cannot be trained on: one line, ``<kind of fault>: <detail>``; rejects are counted by the kind."""
+    """Why a record cannot be trained on: one line, ``<kind of fault>: <detail>``; rejects are counted by the kind.
+
+    It may quote the record, so everything in it that no terminal or file should get is escaped.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason, 1000))
 
 
 @dataclass(frozen=True)

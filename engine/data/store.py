@@ -207,7 +207,7 @@ def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Itera
         TextColumn("tokenizing {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[records]} records"),
+        TextColumn("{task.fields[records]} records", markup=False),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console(), redirect_stdout=False, redirect_stderr=False, disable=not show) as bar:

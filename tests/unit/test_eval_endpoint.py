@@ -105,6 +105,17 @@ def test_the_secrets_of_an_address_are_not_recorded(
     assert not [text for text in texts if "geheimnis" in text or "verborgen" in text]
 
 
+def test_an_answer_comes_back_as_it_was_written(command: Callable[[str], list[str]], tmp_path: Path) -> None:
+    answer = "half \ud800 a pair\x00\x1b[2J\u2028\x85end"
+    with ScriptedServer(lambda body: Scripted(text=answer)) as server:
+        assert main(["eval", "generate", "--out", str(tmp_path / "out.jsonl"), *command(server.url)]) == 0
+        asked = len(server.requests)
+        assert main(["eval", "generate", "--out", str(tmp_path / "out.jsonl"), *command(server.url)]) == 0
+        assert len(server.requests) == asked == 4
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().split("\n") if line]
+    assert [row["raw"] for row in rows] == [answer] * 4
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -175,6 +175,7 @@ def test_a_run_that_made_nothing_or_not_all_ends_with_1(tmp_path: Path, capsys: 
         assert ended(tmp_path, server.url, capsys, "--seed", "2")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_hostile_server_ends_a_run_with_1_and_a_sound_one_finishes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

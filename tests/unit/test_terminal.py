@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
@@ -194,6 +195,55 @@ def test_a_command_shows_hostile_text_escaped(
     assert code in (0, 1, 2)
     check(shown.out + shown.err, shown=False)
     assert "owned" in shown.out + shown.err
+
+
+def test_reasons_that_quote_a_record_can_be_written(
+    tmp_path: Path, golden_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lone surrogates, which JSON can spell and no file can hold, come out escaped."""
+    half = "\ud800"
+    turn = {"role": "user", "content": [{"type": half, "content": "x"}]}
+    records: list[Any] = [{half: 1}, {"messages": half}, {"messages": [turn]}, {"messages": [{"role": half}]}]
+    records += [{"problem": f"a{half}", "solution": "b"}, {"problem": "a", "solution": "b"}]
+    data, tokenizer = tmp_path / "data.jsonl", str(golden_dir / "llama_after")
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert cli.main(["inspect", "--data", str(data), "--tokenizer", tokenizer, "--json", str(tmp_path / "out")]) == 0
+    assert len(json.loads((tmp_path / "out").read_text(encoding="utf-8"))["dropped"]) == 5
+    assert cli.main(["data", "deduplicate", str(data), "--out", str(tmp_path / "duplicates")]) == 0
+    assert cli.main(["data", "stats", "--data", str(data), "--tokenizer", tokenizer]) == 2
+    shown = "".join(capsys.readouterr())
+    check(shown, shown=False)
+    assert "5 of 6 records are rejected, most for 'unknown columns'" in shown
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_there_is_one_way_to_a_terminal() -> None:
+    """Whoever draws with rich does it on a console of ``engine.terminal``, and nobody writes beside the filter."""
+    root = Path(__file__).parents[2]
+    sources = [path for room in ("engine", "kernels", "tools") for path in (root / room).rglob("*.py")]
+    assert len(sources) > 200
+    drawn = 0
+    for path in sources:
+        if path.name == "terminal.py":
+            continue
+        for name, call in calls(path):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            place = f"{path.relative_to(root)}:{call.lineno}"
+            assert not name.endswith(("Console", "rich.print", "stdout.buffer.write", "stderr.buffer.write")), place
+            bar = name == "Progress" and path.name in ("run_log.py", "progress.py", "store.py")
+            if bar or name == "track":
+                drawn += 1
+                assert given.get("console"), f"{place}: {name} without console="
+            if bar:
+                assert given["redirect_stdout"] == given["redirect_stderr"] == "False", place
+            if name == "TextColumn" and "{" in ast.unparse(call.args[0]):
+                assert given.get("markup") == "False", f"{place}: a TextColumn that reads markup"
+    assert drawn >= 5
 
 
 def on_a_terminal(words: list[str]) -> str:

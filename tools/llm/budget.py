@@ -41,8 +41,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in (("--price-input", self.price_input), ("--price-output", self.price_output)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}, expected 0 or more")
+            if not 0 <= value < 1e9:
+                raise ValueError(f"{name} is {value}, expected 0 or more, in a currency of a million tokens' price")
         for name, limit in (("--max-total-tokens", self.max_total_tokens), ("--max-cost", self.max_cost)):
             if limit is not None and not 0 <= limit < math.inf:
                 raise ValueError(f"{name} is {limit}, expected 0 or more")

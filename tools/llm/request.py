@@ -69,7 +69,7 @@ class Sampling:
     def most_tokens(self) -> int:
         """Most tokens that an answer may have, under whichever name the server is told."""
         named = [self.extra_body.get(name) for name in ("max_completion_tokens", "max_tokens")]
-        return max((n for n in named if isinstance(n, int)), default=self.max_tokens)
+        return max((n for n in named if isinstance(n, int) and 0 < n < 1 << 30), default=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
