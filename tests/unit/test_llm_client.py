@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from reflectron.engine.data.tokenizer import load_tokenizer
 from reflectron.tools.llm.arguments import require
 from reflectron.tools.llm.budget import Limits
 from reflectron.tools.llm.client import Answer, LlmClient, RequestFailed, Retries
@@ -235,6 +237,17 @@ def test_missing_usage_is_counted_or_estimated(tmp_path: Path) -> None:
     assert counted.budget.tokens == client.budget.tokens + 6
 
 
+def test_a_real_tokenizer_counts_any_answer(tmp_path: Path, golden_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(golden_dir / "llama_after"), "reflection")
+    for number, text in enumerate(("half \ud800", "\x00\x1b[2J", "<|user|></s>", "\udcff" * 100)):
+        with ScriptedServer(in_order(Scripted(text=text, usage=False))) as server:
+            answers, client, _ = ask(
+                tmp_path / str(number), server, [question()], count=lambda text: len(tokenizer.encode(text))
+            )
+        assert answers == [Answer(text, "stop", "ok")]
+        assert client.budget.tokens > 0
+
+
 def test_a_spent_budget_stops_cleanly_and_holds_over_runs(tmp_path: Path) -> None:
     limits = Limits(max_cost=5e-5, price_input=1.0, price_output=10.0)
     requests = [question(f"question {i}") for i in range(9)]
@@ -316,6 +329,22 @@ def test_a_torn_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
         offset = asyncio.run(journal.append({"key": "\ud800"}))
         assert journal.read(offset) == {"key": "\ud800"}
     assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_a_record_that_finds_no_room_leaves_no_half_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(path) as journal:
+        asyncio.run(journal.append({"key": 1}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.size + 100, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"journal\.jsonl"):
+                asyncio.run(journal.append({"key": "x" * 1000}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        offset = asyncio.run(journal.append({"key": 2}))
+        assert journal.read(offset) == {"key": 2}
+        assert [record["key"] for _, record in journal.records()] == [1, 2]
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def count_usage(
     if isinstance(completion, int):
         return Usage(count(prompt) if count is not None else estimated_tokens(prompt), completion, "estimate")
     if count is not None and len(completion) <= _LONGEST_COUNTED:
-        return Usage(count(prompt), count(completion), "tokenizer")
+        # No tokenizer takes half of a surrogate pair.
+        return Usage(count(prompt), count(completion.encode(errors="replace").decode()), "tokenizer")
     return Usage(estimated_tokens(prompt), estimated_tokens(completion), "estimate")
 
 

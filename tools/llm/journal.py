@@ -86,10 +86,10 @@ class Journal:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
             os.fdatasync(self._descriptor)
-        except OSError:
+        except OSError as error:
             # On a full disk: the next record must not stand behind half a one.
             os.ftruncate(self._descriptor, offset)
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.size += len(line)
         return offset
 
