@@ -171,8 +171,10 @@ def test_a_run_that_made_nothing_or_not_all_ends_with_1(tmp_path: Path, capsys: 
         code, line = ended(tmp_path, server.url, capsys, "--seed", "1")
     assert code == 1
     assert "not Unicode" in (tmp_path / "out" / "report.json").read_text()
-    with ScriptedServer(scripted) as server:
+    with ScriptedServer(lambda body: Scripted(text="") if "value_1_" in str(body) else scripted(body)) as server:
+        # A model that says nothing about a seed has had its say.
         assert ended(tmp_path, server.url, capsys, "--seed", "2")[0] == 0
+    assert "request failed: empty" in (tmp_path / "out" / "report.json").read_text()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from reflectron.tools.data.corpus import new_file, require_unicode, write_row
 from reflectron.tools.data.oss_rows import Cleaner, Row, Unusable, parse_answer
 from reflectron.tools.data.seeds import PAPER_QUOTAS, Seed, SeedFile, draw_seeds, language_name
 from reflectron.tools.llm.arguments import add_client_arguments, make_client
+from reflectron.tools.llm.reply import FINAL
 from reflectron.tools.llm.request import PromptTemplate, Request, content_hash
 from reflectron.tools.llm.work import Stop, ending, for_each
 
@@ -130,7 +131,7 @@ async def _ask_all(args: argparse.Namespace, tasks: Sequence[_Task]) -> tuple[di
                 except Unusable as error:
                     answers[task] = error
                 except RequestFailed as error:
-                    if error.kind != "bad request":
+                    if error.kind not in FINAL:
                         # The server's failure says nothing about the seed, which stays to be asked about.
                         progress.step(f"request failed: {error.kind}")
                         return

@@ -36,6 +36,8 @@ RETRIED: frozenset[FailureKind] = frozenset(
     {"timeout", "connection", "rate limited", "server error", "bad json", "too long", "empty"}
 )
 """The next attempt may go well. The others fail their request at once."""
+FINAL: frozenset[FailureKind] = frozenset({"bad request", "empty"})
+"""About the request itself: once its attempts are used up, another run would fare no better."""
 REFUSED: frozenset[FailureKind] = frozenset({"not found", "not authorised"})
 """Not about one request but about all; some in a row end the run."""
 
