@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, MaskConfig, ModelConfig, TokenizerConfig
-from reflectron.engine.text import printable
+from reflectron.engine.terminal import console
+from reflectron.engine.text import printable, visible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,19 +109,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(samples)} samples, {len(dropped)} dropped -> {args.json}")
         print(_summary(args.data, dropped, [sample.get("special_tokens_in_content", []) for sample in samples]))
         return 0
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(_LEGEND)
+    page = console()
+    page.print(_LEGEND, markup=True)
     spelt = []
     for one in inspected:
-        console.print(_drawing(one, tokenizer))
+        page.print(_drawing(one, tokenizer))
         spelt.append(one.sample.special_tokens)
     for record in dropped:
-        console.print(
-            f"record {record['index']} dropped: {record['reason']}", style="red", markup=False, soft_wrap=True
-        )
-    console.print(str(_summary(args.data, dropped, spelt)), markup=False, soft_wrap=True)
+        page.print(f"record {record['index']} dropped: {record['reason']}", style="red", soft_wrap=True)
+    page.print(str(_summary(args.data, dropped, spelt)), soft_wrap=True)
     return 0
 
 
@@ -236,7 +233,8 @@ def _drawing(one: Inspected, tokenizer: Tokenizer) -> Any:
     sample, views = one.sample, one.views
     body = Text()
     for style, run in itertools.groupby(zip(_styles(one), sample.input_ids, strict=True), key=lambda pair: pair[0]):
-        body.append(_run_text(tokenizer, [int(token) for _, token in run]), style=style)
+        # Escaped before it is laid out, so that the frame fits.
+        body.append(visible(_run_text(tokenizer, [int(token) for _, token in run])), style=style)
     lines = [
         f"{len(sample.input_ids)} tokens, {int(sample.supervised.sum())} supervised; rows: teacher CE "
         f"{views.ce_teacher_rows}, student CE {views.ce_student_rows}, KL {views.kl_rows}"
@@ -247,7 +245,7 @@ def _drawing(one: Inspected, tokenizer: Tokenizer) -> Any:
         lines.append("  ".join(f"{name} {value:.6f}" for name, value in one.loss.items()))
     if one.grad_norm is not None:
         lines.append(f"gradient norm {one.grad_norm['global']:.6f}")
-    return Panel(Group(body, Text("\n".join(lines), style="bold")), title=f"record {one.index}: {sample.kind}")
+    return Panel(Group(body, Text("\n".join(lines), style="bold")), title=Text(f"record {one.index}: {sample.kind}"))
 
 
 def _styles(one: Inspected) -> list[str]:

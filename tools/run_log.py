@@ -7,7 +7,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from reflectron.engine.config import Config
@@ -15,6 +14,7 @@ from reflectron.engine.data.global_batch import SampleId
 from reflectron.engine.metrics import MetricsLog, StepMetrics, read_rows
 from reflectron.engine.nonfinite import Finding
 from reflectron.engine.spikes import Spike, SpikeDetector
+from reflectron.engine.terminal import console
 from reflectron.engine.train_step import LossTerms
 from reflectron.tools.load_config import to_yaml
 from reflectron.tools.plot_run import plot_run
@@ -37,17 +37,19 @@ class RunLog:
         losses = [row["loss"] for row in read_rows(self.folder / "metrics.jsonl")[-window:] if row["loss"] is not None]
         self.spikes = SpikeDetector(window, config.train.spike_threshold, losses)
         (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        # A path may hold brackets, which are no markup.
-        self.console = Console(markup=False, highlight=False)
+        self.console = console()
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.console,
+            # What others print meanwhile must not be read for escape sequences.
+            redirect_stdout=False,
+            redirect_stderr=False,
             disable=not sys.stdout.isatty(),
         )
         self.task = self.progress.add_task("", total=total_steps, completed=first_step)

@@ -21,7 +21,13 @@ _REASON_CHARACTERS = 500
 
 
 class BadRecord(ValueError):
-    """Why a record cannot be trained on: one line, ``<kind of fault>: <detail>``; rejects are counted by the kind."""
+    """Why a record cannot be trained on: one line, ``<kind of fault>: <detail>``; rejects are counted by the kind.
+
+    It may quote the record, so everything in it that no terminal or file should get is escaped.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason, 1000))
 
     def __init__(self, reason: str) -> None:
         super().__init__(printable(reason, _REASON_CHARACTERS))

@@ -27,6 +27,7 @@ from reflectron.engine.data.sources import Chunk, read_chunks, source_identity
 from reflectron.engine.data.tokenization import TOO_LONG, TokenizedSample, tokenize
 from reflectron.engine.data.tokenizer import TAGS, Tokenizer
 from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.terminal import console
 from reflectron.engine.text import printable
 
 _FORMAT_VERSION = 2
@@ -244,13 +245,13 @@ def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Itera
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("tokenizing {task.description}"),
+        TextColumn("tokenizing {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[records]} records"),
+        TextColumn("{task.fields[records]} records", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not show) as bar:
+    with Progress(*columns, console=console(), redirect_stdout=False, redirect_stderr=False, disable=not show) as bar:
         task = bar.add_task(file.path, total=1.0, records=0)
         for chunk in chunks:
             yield chunk

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from reflectron.engine.terminal import console
 from reflectron.tools.eval.problems import Problem, ProblemFile, add_problem_arguments, find_problems, load_problems
 from reflectron.tools.eval.rows import read_json_lines, write_text
 from reflectron.tools.eval.verdict import SUITES, Verdict
@@ -308,4 +309,11 @@ def tracked(results: Iterable[T], total: int, what: str) -> Iterable[T]:
     """``results``, with a progress bar on a terminal."""
     from rich.progress import track
 
-    return track(results, description=what, total=total, disable=not sys.stderr.isatty(), transient=True)
+    return track(
+        results,
+        description=what,
+        total=total,
+        console=console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )

@@ -56,7 +56,7 @@ class Journal:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
                 if not isinstance(record, dict):
                     raise ValueError(f"{self.path}, line {number} is not a JSON object; restore or remove the line")
@@ -76,15 +76,20 @@ class Journal:
             Its offset.
         """
         # ASCII: an answer may hold lone surrogates, which have no UTF-8.
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         written = asyncio.get_running_loop().run_in_executor(self._writer, self._write, line)
         return await asyncio.shield(written)
 
     def _write(self, line: bytes) -> int:
         offset, rest = self.size, memoryview(line)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
-        os.fdatasync(self._descriptor)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            # On a full disk: the next record must not stand behind half a one.
+            os.ftruncate(self._descriptor, offset)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.size += len(line)
         return offset
 
