@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from reflectron.engine.parallel.watchdog import Judge, Note, Progress, WatchdogLimits
+from reflectron.engine.parallel.judge import Judge, WatchdogLimits
+from reflectron.engine.parallel.notes import Note, Progress
 
 HANG, SILENCE = 60.0, 10.0
 
