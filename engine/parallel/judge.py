@@ -76,7 +76,7 @@ class Judge:
         if silent:
             return _silent(silent, now)
         missing = [rank for rank in self.expected if rank not in self._seen]
-        if missing and self.limits.hang_s and now - self._began > self.limits.hang_s:
+        if missing and self.limits.hang_s and now - self._began > SLOW_PHASE_FACTOR * self.limits.hang_s:
             return f"{_ranks(missing)} did not join the job in {now - self._began:.0f} s"
         factor = SLOW_PHASE_FACTOR if any(seen.note.slow for seen in watched.values()) else 1
         if watched and self.limits.hang_s and now - self._progressed > factor * self.limits.hang_s:

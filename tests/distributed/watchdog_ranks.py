@@ -28,7 +28,7 @@ from reflectron.engine.parallel.rendezvous import open_store
 from reflectron.engine.parallel.watchdog import Watchdog
 
 # Of the job, and so many times longer than anything here takes on a busy machine.
-SILENCE_S, HANG_S, STEPS = 8.0, 3.0, 4
+SILENCE_S, STEPS = 8.0, 4
 # case: ranks that stand still at the third step
 STOPPED = {"stopped": (1,), "stopped main": (0,), "stopped two": (0, 1)}
 
@@ -37,7 +37,9 @@ def rank_main(case: str) -> None:
     rank, progress = int(os.environ["RANK"]), Progress()
     if case == "stopped before it joins" and rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    limits = WatchdogLimits(hang_s=HANG_S if case in ("hang", "stopped before it joins") else 0.0, silence_s=SILENCE_S)
+    # The start may take six times as long.
+    hang_s = {"hang": 3.0, "stopped before it joins": 1.0}.get(case, 0.0)
+    limits = WatchdogLimits(hang_s=hang_s, silence_s=SILENCE_S)
     watchdog = Watchdog(progress, limits, beat_s=0.2)
     try:
         store = open_store(60)
