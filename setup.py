@@ -59,7 +59,8 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.4",
         "pyarrow>=15",
-        "datasets>=2.18",
+        # Older ones run the loading script of a data set of the hub.
+        "datasets>=4",
         "omegaconf>=2.3",
         "PyYAML>=6",
         "packaging",

@@ -47,6 +47,7 @@ COMMANDS = {
     "bench data": "measure the making of reflection samples with a model that answers at once",
     "bench calibrate": "measure the rates that `plan` predicts with, on this machine",
     "bench faults": "kill a training again and again, damage its checkpoints, count what is lost",
+    "bench freezes": "stop ranks of a training again and again: when it is noticed, what is lost",
     "plan": "predict layouts for a cluster: memory, time, GPU hours",
     "doctor": "what this machine has, what is missing and what that means",
 }

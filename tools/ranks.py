@@ -68,19 +68,22 @@ def _print_notes(inputs: RunInputs) -> None:
 
 
 def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None) -> int:
+    from reflectron.engine.parallel.judge import SLOW_PHASE_FACTOR, WatchdogLimits
+    from reflectron.engine.parallel.notes import Progress
     from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
-    from reflectron.engine.parallel.watchdog import SLOW_PHASE_FACTOR, Watchdog, WatchdogLimits
+    from reflectron.engine.parallel.watchdog import Watchdog
     from reflectron.engine.preparation import open_run_inputs
 
     hang_minutes = config.train.collective_timeout_minutes
-    # The other ranks wait here for the main one, which may still be tokenising. The backends' own time limit says less
-    # than the watchdog, so it comes later.
-    groups = start_process_groups(config.parallel, config.seed, max(30, 2 * SLOW_PHASE_FACTOR * hang_minutes))
     watchdog = Watchdog(
-        groups.progress,
+        Progress(),
         WatchdogLimits(hang_s=60 * hang_minutes, silence_s=config.train.heartbeat_timeout_seconds),
     )
     try:
+        # The other ranks wait here for the main one, which may still be tokenising. The backends' own time limit says
+        # less than the watchdog, so it comes later.
+        groups = start_process_groups(config.parallel, config.seed, max(30, 2 * SLOW_PHASE_FACTOR * hang_minutes))
+        groups = replace(groups, progress=watchdog.progress)
         inputs = open_run_inputs(config)
         if nothing_to_do is not None and (reason := nothing_to_do(config, inputs)):
             if groups.is_main:
@@ -88,6 +91,9 @@ def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None)
             code = 0
         else:
             code = body(config, inputs, groups)
+        # Once no rank is watched any more, nobody can miss one that does not arrive.
+        groups.progress.enter("leaving the job")
+        groups.barrier()
     except Exception as error:
         watchdog.last_words(error)
     watchdog.stop()
@@ -129,4 +135,5 @@ def _start_ranks(config: Config, words: list[str]) -> int:
         processes,
         threads_per_process=max((os.cpu_count() or 1) // processes, 1),
         log_dir=Path(config.output_dir) / "logs",
+        silence_s=config.train.heartbeat_timeout_seconds,
     )

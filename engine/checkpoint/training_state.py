@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,14 +87,11 @@ class TrainingState:
             updates: of the weights before this state.
         """
         config = self.chunks[0].config
-        if config.fp8 and config.fp8_recipe == "delayed":
-            # Scales are pickled, and transformer-engine (2.20) loads them only from what is trusted: this is the run's
-            # own file, and was found as it was written.
-            os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
-        for index, chunk in enumerate(self.chunks):
-            missing, unexpected = chunk.load_state_dict(loaded["model"][_key(index)], strict=False)
-            assert not unexpected, unexpected
-            assert all(key.endswith(_STATE_OF_NORM) for key in missing), missing
+        with trusted_scales() if config.fp8 and config.fp8_recipe == "delayed" else nullcontext():
+            for index, chunk in enumerate(self.chunks):
+                missing, unexpected = chunk.load_state_dict(loaded["model"][_key(index)], strict=False)
+                assert not unexpected, unexpected
+                assert all(key.endswith(_STATE_OF_NORM) for key in missing), missing
         if self._is_distributed:
             self._restore_distributed(loaded["optimizer"])
         else:
@@ -274,6 +271,21 @@ def _average_share(
         split=split,
         replica_id=(copy, groups.tensor.rank(), groups.replicas.rank()),
     )
+
+
+@contextmanager
+def trusted_scales() -> Iterator[None]:
+    """Let transformer-engine (2.20) unpickle the scales of float8, which are a run's own and found as it wrote them."""
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _unseen_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -27,9 +27,6 @@ class BadRecord(ValueError):
     """
 
     def __init__(self, reason: str) -> None:
-        super().__init__(printable(reason, 1000))
-
-    def __init__(self, reason: str) -> None:
         super().__init__(printable(reason, _REASON_CHARACTERS))
 
 

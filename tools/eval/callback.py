@@ -58,7 +58,7 @@ def evaluate(trainer: Trainer, report: Callable[[str], None]) -> dict[str, float
 
 
 def _pass_at_1(config: Config, folder: Path, report: Callable[[str], None]) -> dict[str, float] | None:
-    from reflectron.engine.parallel.watchdog import SLOW_PHASE_FACTOR
+    from reflectron.engine.parallel.judge import SLOW_PHASE_FACTOR
 
     limit = 60 * config.train.collective_timeout_minutes * SLOW_PHASE_FACTOR * _SHARE_OF_LIMIT
     limit = min(_MOST_SECONDS, limit or _MOST_SECONDS)
