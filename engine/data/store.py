@@ -23,9 +23,11 @@ from reflectron.engine.config import DataConfig, DataFile
 from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.shard import Shard, ShardHeader, open_shard, to_batch, write_atomically, write_shard
 from reflectron.engine.data.sources import Chunk, read_chunks, source_identity
-from reflectron.engine.data.tokenization import TokenizedSample, tokenize
-from reflectron.engine.data.tokenizer import TAGS, Template, Tokenizer
+from reflectron.engine.data.tokenization import PARSER_VERSION, TokenizedSample, tokenize
+from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Template, Tokenizer
 from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.files import remove_temporaries
+from reflectron.engine.job_lock import lock_folder
 
 _FORMAT_VERSION = 1
 _RECORDS_PER_CHUNK = 128
@@ -103,8 +105,8 @@ def build_store(
 ) -> TokenStore:
     """Tokenise what ``folder`` does not hold yet, write ``folder/rejects.jsonl``, and open the store.
 
-    Only one process may build in a folder at a time. The rejects are those of this list of files: give training and
-    validation files a folder each.
+    One process builds in a folder at a time; another one waits, and finds the work done. The rejects are those of this
+    list of files: give training and validation files a folder each.
 
     Args:
         progress: draw a progress bar for every file that is tokenised.
@@ -114,6 +116,14 @@ def build_store(
             are rejected.
         OSError: when the store cannot be written; nothing unfinished is left.
     """
+    with lock_folder(folder, "token store", wait=True):
+        return _build_alone(data, files, tokenizer, folder, progress)
+
+
+def _build_alone(
+    data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path, progress: bool
+) -> TokenStore:
+    remove_temporaries(folder / "rejects.jsonl")
     settings = _settings(data, tokenizer)
     job = _Job(tokenizer, data.template, data.max_length)
     shards: list[Shard] = []
@@ -121,6 +131,7 @@ def build_store(
         path = _shard_path(folder, settings, file)
         shard = _up_to_date(path, file)
         if shard is None:
+            remove_temporaries(path)
             header = ShardHeader(settings, source_identity(file))
             chunks = _with_progress(read_chunks(file, _RECORDS_PER_CHUNK), file, progress)
             write_shard(path, header, (batch for _, batch in map_chunks(job, chunks, data.workers)))
@@ -149,15 +160,17 @@ def _settings(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "format_version": _FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
+        "parser": PARSER_VERSION,
         "tags": list(TAGS),
         "template": data.template,
+        "prompt": MAGICODER_PROMPT if data.template == "magicoder" else None,
         "max_length": data.max_length,
     }
 
 
 def _shard_path(folder: Path, settings: dict[str, Any], file: DataFile) -> Path:
     """Runs with other settings keep their own shards, so that they may share a folder."""
-    key = json.dumps([settings, os.path.abspath(file.path), file.split], sort_keys=True)
+    key = json.dumps([settings, os.path.abspath(file.path), file.split, file.revision], sort_keys=True)
     stem = re.sub(r"[^\w.-]", "_", Path(file.path).stem)
     return folder / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
 
@@ -223,10 +236,10 @@ def _summary(file: DataFile, shard: Shard) -> FileSummary:
 
 def _write_rejects(path: Path, files: Sequence[DataFile], shards: Sequence[Shard]) -> None:
     """One JSON object for every rejected record; a file that is listed twice appears once."""
-    by_file = {(file.path, file.split): shard for file, shard in zip(files, shards, strict=False)}
+    by_file = {(file.path, file.split, file.revision): shard for file, shard in zip(files, shards, strict=False)}
 
     def write(stream: IO[bytes]) -> None:
-        for (name, _), shard in by_file.items():
+        for (name, *_), shard in by_file.items():
             for index, line, reason in shard.rejects():
                 row = {"file": name, "line": line, "index": index, "reason": reason}
                 stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

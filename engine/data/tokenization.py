@@ -13,6 +13,10 @@ import numpy as np
 from reflectron.engine.data.conversation import BadRecord, Conversation, Kind
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, Template, Tokenizer
 
+# To be raised when some record comes to other ids or another structure than before: stores are then made anew, and a
+# run in progress is refused rather than changed.
+PARSER_VERSION = 2
+
 _BLOCK_TAGS = ("<|text|>", "<|code|>", "<|execution|>")
 
 

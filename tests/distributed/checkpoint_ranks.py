@@ -38,6 +38,7 @@ from reflectron.engine.config import (
     TokenizerConfig,
 )
 from reflectron.engine.data.global_batch import GlobalBatch, assemble, share_of_batch
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.sources import read_records
 from reflectron.engine.data.tokenization import tokenize
@@ -81,8 +82,7 @@ def golden_batch(config: Config, inputs: ModelInputs, groups: ParallelGroups) ->
         tokenize(records[i].conversation(), inputs.tokenizer, "reflection", config.data.max_length)
         for i in (0, 1, 2, 12)
     ]
-    generator = np.random.default_rng(0)
-    views = [make_views(s, visible_tokens(s, config.mask, 0.5, generator)) for s in samples]
+    views = [make_views(s, visible_tokens(s, config.mask, 0.5, Draws(0, i))) for i, s in enumerate(samples)]
     cost = training_cost(decoder_shape(inputs.arch, config), "none")
     whole = assemble(views, config, cost, 0.5, groups.data.rank(), groups.data.size())
     return share_of_batch(whole, groups.context.rank(), groups.context.size())
