@@ -196,7 +196,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _rows_and_damage(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Rows, and how many lines but for a cut last one are none."""
-    *lines, last = path.read_bytes().split(b"\n")
+    *lines, _ = path.read_bytes().split(b"\n")
     rows = [row for row in map(_row, lines) if row is not None]
     return rows, len(lines) - len(rows)
 
@@ -257,7 +257,7 @@ class WandbRun:
 
 
 def wandb_run_id(config: Config) -> str:
-    """The id in ``<output_dir>/wandb_run.json``, or a new one, which is kept there; one that starts over gets a new one."""
+    """The id in ``<output_dir>/wandb_run.json``, or a new one, which is kept there; starting over takes a new one."""
     path = Path(config.output_dir) / "wandb_run.json"
     if config.checkpoint.resume == "auto":
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):

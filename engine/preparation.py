@@ -107,7 +107,9 @@ def prepare(config: Config, progress: bool) -> RunInputs:
             return None
         store = build_store(config.data, files, model.tokenizer, store_folder(config, part), progress)
         if len(store) == 0:
-            raise ValueError(f"data.{part} has no sample: every record was rejected; {store_folder(config, part)} says why")
+            raise ValueError(
+                f"data.{part} has no sample: every record was rejected; {store_folder(config, part)} says why"
+            )
         check_budget(store, files, config)
         if part == "train":
             run_length(config, sample_order(store, files, config.seed))

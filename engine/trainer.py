@@ -74,9 +74,7 @@ class Trainer:
     findings: list[Finding]
     """Where the last step's loss or gradient were not finite; empty when it was not left out."""
 
-    def __init__(
-        self, config: Config, inputs: RunInputs, groups: ParallelGroups, lock: JobLock | None = None
-    ) -> None:
+    def __init__(self, config: Config, inputs: RunInputs, groups: ParallelGroups, lock: JobLock | None = None) -> None:
         if inputs.train is None:
             raise ValueError("data.train is empty, expected at least one file")
         self.config, self.inputs, self.groups, self.lock = config, inputs, groups, lock
@@ -127,9 +125,10 @@ class Trainer:
     def steps(self, report: Callable[[str], None]) -> Iterator[StepMetrics]:
         """Train; yields after every step, on every rank alike, and saves when the row has been taken.
 
-        The last step is saved in any case, so that a failure of the export loses none. A step whose loss or gradient are not finite changes nothing but the position in data and schedules.
-        ``train.max_skipped_steps`` of them may follow each other; ``may_go_on`` is false after one more, and the run
-        ends there unsaved. SIGTERM or SIGUSR1 to any rank ends it after a step and a save; ``stopped`` tells.
+        The last step is saved in any case, so that a failure of the export loses none. A step whose loss or gradient
+        are not finite changes nothing but the position in data and schedules. ``train.max_skipped_steps`` of them may
+        follow each other; ``may_go_on`` is false after one more, and the run ends there unsaved. SIGTERM or SIGUSR1 to
+        any rank ends it after a step and a save; ``stopped`` tells.
 
         Args:
             report: told a line about every save.

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from reflectron.engine.config import Config
 from reflectron.engine.parallel.launch import NOT_FINITE_EXIT_CODE, REQUEUE_EXIT_CODE
 from reflectron.engine.parallel.machine import check_machine
-from reflectron.tools.load_config import add_config_arguments, load_config, to_yaml
 from reflectron.tools.interruption import kept, run_saying_what_is_kept
+from reflectron.tools.load_config import add_config_arguments, load_config, to_yaml
 from reflectron.tools.ranks import only_job, run_as_ranks
 
 if TYPE_CHECKING:

@@ -71,9 +71,7 @@ def run_identity(config: Config, inputs: RunInputs) -> dict[str, Any]:
         "model.path (SHA-256 of the weights)": weights_identity(config.model.path) if config.model.path else None,
         **{f"{name} of the model": value for name, value in dataclasses.asdict(inputs.model.arch).items()},
         "tokenizer.path (SHA-256 of the content)": inputs.model.tokenizer.fingerprint,
-        "data.train (samples of each file)": np.bincount(
-            store.file_index, minlength=len(config.data.train)
-        ).tolist(),
+        "data.train (samples of each file)": np.bincount(store.file_index, minlength=len(config.data.train)).tolist(),
         "data.train (SHA-256 of the content)": store.fingerprint,
         "random draws (version)": DRAWS_VERSION,
     }

@@ -26,9 +26,7 @@ def mask_rate(step: int, total_steps: int) -> float:
     return min((step + 1) / total_steps, 1.0)
 
 
-def visible_tokens(
-    sample: TokenizedSample, mask: MaskConfig, rate: float, draws: Draws
-) -> np.ndarray | None:
+def visible_tokens(sample: TokenizedSample, mask: MaskConfig, rate: float, draws: Draws) -> np.ndarray | None:
     """What the student sees of ``sample``: bool [N], or None for a generation sample, which has no student.
 
     Args:
@@ -49,9 +47,7 @@ def visible_tokens(
     return visible
 
 
-def _visible_reflection(
-    blocks: np.ndarray, mask: MaskConfig, rate: float, draws: Draws
-) -> np.ndarray:
+def _visible_reflection(blocks: np.ndarray, mask: MaskConfig, rate: float, draws: Draws) -> np.ndarray:
     """Visibility of the tokens of the reflection sequence, whose ``blocks`` adjoin each other."""
     lengths = blocks[:, 2] - blocks[:, 1]
     n_blocks, n_tokens = len(blocks), int(lengths.sum())

@@ -83,7 +83,6 @@ def tokenized_samples() -> dict[str, TokenizedSample]:
 
 
 def views_at(sample: TokenizedSample, rate: float) -> SampleViews:
-    import numpy as np
 
     from reflectron.engine.data.draws import Draws
     from reflectron.engine.data.masking import visible_tokens

@@ -171,7 +171,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_text("", encoding="utf-8"), "names no checkpoint ('')"),
     "a number": (lambda path: path.write_text("12\n", encoding="utf-8"), "names no checkpoint ('12')"),
     "bytes": (lambda path: path.write_bytes(b"\xff\xfe" * 50), "names no checkpoint"),
-    "large": (lambda path: path.write_bytes(b"step_00000006" * 10**5), f"names no checkpoint ('{('step_00000006' * 3)}…')"),
+    "large": (
+        lambda path: path.write_bytes(b"step_00000006" * 10**5),
+        f"names no checkpoint ('{('step_00000006' * 3)}…')",
+    ),
     "escape": (lambda path: path.write_text("\x1b[2Jx", encoding="utf-8"), "names no checkpoint ('\\x1b[2Jx')"),
     "another step": (
         lambda path: path.write_text("step_00000007", encoding="utf-8"),

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, LossConfig, MaskConfig, ModelConfig
-from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches, assemble
 from reflectron.engine.data.draws import Draws
+from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches, assemble
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.packing import CostModel
 from reflectron.engine.data.sampler import SampleOrder
