@@ -153,8 +153,8 @@ def test_a_manifest_that_is_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).mkdir()
     with pytest.raises(DamagedCheckpoint, match="cannot be read: Is a directory"):
         read_manifest(tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(DamagedCheckpoint, match="cannot be read: Not a directory"):
-        (tmp_path / "file").touch()
         read_manifest(tmp_path / "file")
 
 

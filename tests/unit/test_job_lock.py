@@ -150,9 +150,9 @@ def test_what_cannot_be_a_lock_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder, expected a file or nothing: remove it"):
         lock(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="output_dir is .*file, expected a folder that can be written"):
+    with pytest.raises(ValueError, match=r"output_dir is .*file, expected a folder that can be written"):
         lock(tmp_path / "file")
-    with pytest.raises(ValueError, match="output_dir is .*file/below, expected a folder that can be written"):
+    with pytest.raises(ValueError, match=r"output_dir is .*file/below, expected a folder that can be written"):
         lock(tmp_path / "file" / "below")
 
 

@@ -113,7 +113,7 @@ def test_a_run_of_an_older_version_is_refused_where_it_would_draw_otherwise(tmp_
 
 
 def test_what_records_come_to_is_pinned(tmp_path: Path) -> None:
-    """A change here needs another PARSER_VERSION, or stores and runs of before would be continued with other samples."""
+    """A change here needs another PARSER_VERSION, or runs of before would be continued with other samples."""
     config = run_config(tmp_path)
     inputs = prepare(config, progress=False)
     assert inputs.train is not None

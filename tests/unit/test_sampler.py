@@ -110,7 +110,7 @@ def test_a_batch_larger_than_the_data_takes_several_epochs() -> None:
 
 
 def test_a_fraction_is_drawn_from_each_file_alone() -> None:
-    """Files of the same fraction keep a share each, and another file changes nothing of what is drawn from the first."""
+    """Files of the same fraction keep a share each, and another file changes nothing of what the first one gives."""
 
     def listed(order: SampleOrder, epoch: int) -> list[set[int]]:
         refs = [r for r in stream(order, 7, order.total_samples(epoch + 1)) if r.epoch == epoch]

@@ -190,10 +190,11 @@ def _refused_by_line(life: Life, injuries: list[Injury]) -> bool:
 
 def _look_at_names(life: Life, injuries: list[Injury], tally: Tally) -> None:
     """A start that came to its checkpoint has named the one that is damaged."""
+    text = life.text()
     for injury in injuries:
-        if injury.kind in ("checkpoint", "manifest") and "going on after step " in life.text():
-            if str(injury.path) not in life.text():
-                tally.losses.append(f"{life.output} does not name {injury}")
+        of_checkpoint = injury.kind in ("checkpoint", "manifest")
+        if of_checkpoint and "going on after step " in text and str(injury.path) not in text:
+            tally.losses.append(f"{life.output} does not name {injury}")
 
 
 def _is_finished(run: DrilledRun) -> bool:

@@ -134,6 +134,9 @@ def _injure(path: Path, kind: str, damages: dict[str, Damage], generator: random
     names = [name for name in damages if before or name not in ("flipped bit", "cut end", "zeroed end")]
     name = names[(number * 5 + generator.randrange(2)) % len(names)]
     damages[name](path, generator)
+    if path.is_file() and path.read_bytes() == before:
+        # Zeros over zeros.
+        _flip_bit(path, generator)
     return Injury(path, kind, name, before)
 
 
