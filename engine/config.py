@@ -408,7 +408,7 @@ class CheckpointConfig:
     """Training checkpoints under ``<output_dir>/checkpoints``, from which the same command continues a run."""
 
     save_every: int = 500
-    """Steps between checkpoints; 0 saves only when SIGTERM or SIGUSR1 stops the run."""
+    """Steps between checkpoints; 0 saves only the last step, and when SIGTERM or SIGUSR1 stops the run."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,6 +227,59 @@ def test_removal_spares_later_steps_and_takes_leftovers(tmp_path: Path) -> None:
     remove_surplus(tmp_path, 9, keep_last=1, keep_every=0)
     assert saved_steps(tmp_path) == [9, 12]
     assert not left.exists()
+
+
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
+
+
+def killed_at(number: int, root: Path, action: Callable[[], None]) -> bool:
+    """Run ``action`` in a process that is killed before its file operation ``number`` under ``root``; False if it ends
+    before."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    seen = [0]
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        # Removal of a folder works inside it, by names without a path.
+        relative = event in FILE_EVENTS and isinstance(args[0], (str, Path)) and not str(args[0]).startswith("/")
+        if event in FILE_EVENTS and (relative or str(args[0]).startswith(str(root))):
+            seen[0] += 1
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    action()
+    os._exit(0)
+
+
+def test_a_save_that_is_killed_at_any_file_operation_loses_nothing(tmp_path: Path) -> None:
+    """Before each of them in turn: a checkpoint of before or the new one is there, whole, and the next save works."""
+    kills = 0
+    while True:
+        root = tmp_path / str(kills)
+        save(root, 3, 6)
+        # A folder of the same step, left by a run that was continued from before it.
+        save(root, 9)
+        (root / "latest").write_text("step_00000006\n", encoding="utf-8")
+
+        def save_and_remove(root: Path = root) -> None:
+            save(root, 9)
+            remove_surplus(root, 9, keep_last=2, keep_every=0)
+
+        killed = killed_at(kills + 1, root, save_and_remove)
+        newest = steps_to_try(root).steps[0]
+        assert newest in (6, 9)
+        assert (step_folder(root, newest) / "content").read_text(encoding="utf-8") == "new"
+        save(root, 12)
+        remove_surplus(root, 12, keep_last=2, keep_every=0)
+        assert steps_to_try(root).steps[0] == 12
+        assert len(saved_steps(root)) == 2
+        assert not [path for path in root.iterdir() if path.suffix in (".partial", ".tmp")]
+        if not killed:
+            break
+        kills += 1
+    assert kills >= 12
 
 
 def test_starting_over_keeps_one_former_run(tmp_path: Path) -> None:

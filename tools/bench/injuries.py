@@ -131,7 +131,7 @@ def injure_beside(out: Path, generator: random.Random, number: int) -> Injury | 
 
 def _injure(path: Path, kind: str, damages: dict[str, Damage], generator: random.Random, number: int) -> Injury:
     before = path.read_bytes()
-    names = [name for name in damages if before or name not in ("flipped bit", "cut end", "zeroed end")]
+    names = [name for name in damages if before or name not in ("flipped bit", "cut end", "zeroed end", "emptied")]
     name = names[(number * 5 + generator.randrange(2)) % len(names)]
     damages[name](path, generator)
     if path.is_file() and path.read_bytes() == before:
