@@ -6,6 +6,7 @@ A value is checked where it is declared, relations between sections in ``check_r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,10 +31,13 @@ class DataFile:
     """How many times an epoch lists each record; a fraction lists that share, drawn anew each epoch."""
     split: str = "train"
     """Split of a hub dataset; local files have none."""
+    revision: str | None = None
+    """Git revision of a hub dataset, a commit or tag; null takes the newest."""
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "data.*.path", self.path, "a file or a dataset id")
-        _require(self.repeat > 0, f"data.*.repeat of {self.path}", self.repeat, "a number above 0")
+        key = f"data.*.repeat of {self.path}"
+        _require(0 < self.repeat < math.inf, key, self.repeat, "a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +373,7 @@ class TrainConfig:
     """Steps in a row that may be left out because loss or gradient are not finite; one more stops the run."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "a finite number above 0")
         if self.steps is not None:
             _require(self.steps >= 1, "train.steps", self.steps, "at least 1")
         _require(self.validate_every >= 0, "train.validate_every", self.validate_every, "0 (never) or more")
@@ -409,7 +413,7 @@ class CheckpointConfig:
     """Training checkpoints under ``<output_dir>/checkpoints``, from which the same command continues a run."""
 
     save_every: int = 500
-    """Steps between checkpoints; 0 saves only when SIGTERM or SIGUSR1 stops the run."""
+    """Steps between checkpoints; 0 saves only the last step, and when SIGTERM or SIGUSR1 stops the run."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0

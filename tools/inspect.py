@@ -164,7 +164,7 @@ def _inspect(
 ) -> Iterator[Inspected]:
     from reflectron.engine.data.conversation import BadRecord
     from reflectron.engine.data.masking import visible_tokens
-    from reflectron.engine.data.sampler import SampleRef, mask_generator
+    from reflectron.engine.data.sampler import SampleRef, mask_draws
     from reflectron.engine.data.sources import read_records
     from reflectron.engine.data.tokenization import tokenize
     from reflectron.engine.data.views import make_views
@@ -181,9 +181,9 @@ def _inspect(
             dropped.append({"index": record.index, "reason": str(error)})
             continue
         # As in the first epoch of a training on this file alone, which does not number rejected records.
-        generator = mask_generator(config.seed, SampleRef(0, samples, 0))
+        draws = mask_draws(config.seed, SampleRef(0, samples, 0))
         samples += 1
-        visible = visible_tokens(sample, config.mask, args.rate, generator)
+        visible = visible_tokens(sample, config.mask, args.rate, draws)
         views = make_views(sample, visible)
         loss, grad_norm = measure(views) if measure else (None, None)
         yield Inspected(record.index, sample, visible, views, loss, grad_norm)

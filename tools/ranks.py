@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflectron.engine.config import Config, ParallelConfig
+from reflectron.engine.job_lock import LOCK_NAME, JobLock, inherited_lock, lock_folder
 from reflectron.engine.parallel.launch import resolve_environment, spawn_local
 from reflectron.engine.text import printable
 
@@ -19,6 +21,23 @@ if TYPE_CHECKING:
 
 RankBody = Callable[[Config, "RunInputs", "ParallelGroups"], int]
 NothingToDo = Callable[[Config, "RunInputs"], str | None]
+
+
+@contextmanager
+def only_job(config: Config) -> Iterator[JobLock | None]:
+    """Hold the lock of ``output_dir``: in the command that starts ranks, and in rank 0; None in the other ranks.
+
+    Raises:
+        ValueError: when another job holds it.
+    """
+    place = resolve_environment(os.environ)
+    if place is not None and place.rank > 0:
+        yield None
+        return
+    folder = Path(config.output_dir)
+    with inherited_lock(folder / LOCK_NAME) or lock_folder(folder, "output_dir") as lock:
+        os.environ.update(lock.variables())
+        yield lock
 
 
 def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do: NothingToDo | None = None) -> int:

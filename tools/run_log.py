@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reflectron.engine.config import Config
 from reflectron.engine.data.global_batch import SampleId
+from reflectron.engine.files import write_text
 from reflectron.engine.metrics import MetricsLog, StepMetrics, read_rows
 from reflectron.engine.nonfinite import Finding
 from reflectron.engine.spikes import Spike, SpikeDetector
@@ -34,9 +35,10 @@ class RunLog:
         self.folder = Path(config.output_dir)
         self.metrics = MetricsLog(config, first_step)
         window = config.train.spike_window
-        losses = [row["loss"] for row in read_rows(self.folder / "metrics.jsonl")[-window:] if row["loss"] is not None]
+        rows = read_rows(self.folder / "metrics.jsonl")[-window:]
+        losses = [row["loss"] for row in rows if row.get("loss") is not None]
         self.spikes = SpikeDetector(window, config.train.spike_threshold, losses)
-        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_text(self.folder / "config.yaml", to_yaml(config))
         self.console = console()
         self.progress = Progress(
             TextColumn("step"),
@@ -55,6 +57,7 @@ class RunLog:
         self.task = self.progress.add_task("", total=total_steps, completed=first_step)
         self.progress.start()
         self.seconds = 0.0
+        self._show_notes()
 
     def line(self, text: str) -> None:
         """Show something that happened beside the steps."""
@@ -69,6 +72,7 @@ class RunLog:
         """
         waited = self.metrics.waiting
         self.metrics.write(row)
+        self._show_notes()
         if self.metrics.waiting and not waited:
             self.line(f"rows wait in memory until they can be written, training goes on: {self.metrics.waiting}")
         if not row.skipped and (spike := self.spikes.look(row.loss)):
@@ -81,6 +85,10 @@ class RunLog:
             seconds_per_step = self.seconds / (row.step - self.first_step)
             left = timedelta(seconds=round(seconds_per_step * (self.total_steps - row.step)))
             self.line(f"step {row.step}/{self.total_steps}  {text}  eta {left}")
+
+    def _show_notes(self) -> None:
+        while self.metrics.notes:
+            self.line(self.metrics.notes.pop(0))
 
     def _note_spike(self, row: StepMetrics, spike: Spike, samples: list[SampleId]) -> None:
         self.line(
@@ -124,7 +132,7 @@ class RunLog:
         """Plot the run and say where everything is."""
         self.close()
         plot = plot_run(self.folder)
-        rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["loss"] is not None]
+        rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row.get("loss") is not None]
         curve = f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}" if rows else "no finite loss"
         self.line(
             f"\n{curve} in {self.total_steps} steps\n"

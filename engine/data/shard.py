@@ -6,7 +6,6 @@ file into memory: arrays are read-only views of it, and a sample is never copied
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import zlib
@@ -22,6 +21,7 @@ from pyarrow import compute
 from reflectron.engine.data.conversation import BadRecord, Kind
 from reflectron.engine.data.sources import SourceIdentity
 from reflectron.engine.data.tokenization import TokenizedSample
+from reflectron.engine.files import write_whole
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _SCHEMA = pa.schema(
@@ -85,27 +85,17 @@ def write_shard(path: Path, header: ShardHeader, batches: Iterable[pa.RecordBatc
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, bring it to the disk, and only then give it its name.
+    """``write_whole`` for a file of a token store, whose folder is made.
 
     Raises:
-        OSError: one line naming the file; the temporary file is gone.
+        OSError: one line naming the file; nothing unfinished is left.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = f"{path} cannot be written: {error.strerror or error}; make room or set data.store_dir"
-            raise OSError(error.errno, reason) from error
-        raise
+        write_whole(path, write)
+    except OSError as error:
+        reason = f"{path} cannot be written: {error.strerror or error}; make room or set data.store_dir"
+        raise OSError(error.errno, reason) from error
 
 
 class ShardBatch:
@@ -275,12 +265,3 @@ def _lists(parts: list[np.ndarray | None], dtype: type) -> pa.ListArray:
 
 def _checksum(batch: pa.RecordBatch) -> bytes:
     return f"{zlib.crc32(batch.serialize()):08x}".encode()
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's entries, before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

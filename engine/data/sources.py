@@ -133,7 +133,7 @@ def read_chunks(file: DataFile, size: int) -> Iterator[Chunk]:
 def _chunks(file: DataFile, size: int) -> Iterator[Chunk]:
     path = Path(file.path)
     if not _is_local(file):
-        data = _hub_dataset(file.path, file.split)
+        data = _hub_dataset(file.path, file.split, file.revision)
         with _readable(file.path):
             batches = (b for t in data.with_format("arrow").iter(size) for b in t.combine_chunks().to_batches())
             yield from _arrow_chunks(batches, len(data))
@@ -153,15 +153,18 @@ def source_identity(file: DataFile, known: SourceIdentity | None = None) -> Sour
     Raises:
         ValueError: when the file is missing or cannot be read.
     """
-    paths = [Path(file.path)]
+    paths, part = [Path(file.path)], ""
     if not _is_local(file):
-        paths = [Path(part["filename"]) for part in _hub_dataset(file.path, file.split).cache_files]
+        data = _hub_dataset(file.path, file.split, file.revision)
+        paths = [Path(entry["filename"]) for entry in data.cache_files]
+        # A slice lies in the same files as the whole.
+        part = f"{file.split}: {len(data)} rows"
     with _readable(file.path):
         stats = [path.stat() for path in paths]
         size, mtime_ns = sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
         if known is not None and (known.size, known.mtime_ns) == (size, mtime_ns):
             return known
-        return SourceIdentity(size, mtime_ns, _sha256(paths))
+        return SourceIdentity(size, mtime_ns, _sha256(paths, part))
 
 
 def _is_local(file: DataFile) -> bool:
@@ -183,12 +186,12 @@ def _is_local(file: DataFile) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _hub_dataset(name: str, split: str) -> Any:
+def _hub_dataset(name: str, split: str, revision: str | None = None) -> Any:
     # Imported here: the package is slow to import and only hub data needs it.
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split, revision=revision)
     # The package raises more than a dozen types here: connection, missing repository, missing split, bad script.
     except Exception as error:
         reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
@@ -242,8 +245,8 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRecord]:
                 yield BadRecord(f"bad value: {error}")
 
 
-def _sha256(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
+def _sha256(paths: list[Path], part: str = "") -> str:
+    digest = hashlib.sha256(part.encode())
     for path in paths:
         with path.open("rb") as stream:
             while block := stream.read(1 << 20):

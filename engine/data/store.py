@@ -24,14 +24,17 @@ from reflectron.engine.config import DataConfig, DataFile
 from reflectron.engine.data.conversation import BadRecord, Conversation
 from reflectron.engine.data.shard import Shard, ShardHeader, open_shard, to_batch, write_atomically, write_shard
 from reflectron.engine.data.sources import Chunk, read_chunks, source_identity
-from reflectron.engine.data.tokenization import TOO_LONG, TokenizedSample, tokenize
-from reflectron.engine.data.tokenizer import TAGS, Tokenizer
+from reflectron.engine.data.tokenization import PARSER_VERSION, TOO_LONG, TokenizedSample, tokenize
+from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Tokenizer
 from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.files import remove_temporaries
+from reflectron.engine.job_lock import lock_folder
 from reflectron.engine.terminal import console
 from reflectron.engine.text import printable
 
 _FORMAT_VERSION = 2
 _RECORDS_PER_CHUNK = 128
+_LISTS = ("rejects.jsonl", "special_tokens.jsonl")
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,11 @@ def build_store(
 ) -> TokenStore:
     """Tokenise what ``folder`` does not hold yet, write the two lists of records, and open the store.
 
-    ``folder/rejects.jsonl`` names the records that are left out, ``folder/special_tokens.jsonl`` those whose contents
+    ``folder/rejects.jsonl`` names the records that are skipped, ``folder/special_tokens.jsonl`` those whose contents
     spell special tokens.
 
-    Only one process may build in a folder at a time. The lists are those of these files: give training and
-    validation files a folder each.
+    One process builds in a folder at a time; another one waits, and finds the work done. The lists are those of these
+    files: give training and validation files a folder each.
 
     Args:
         progress: draw a progress bar for every file that is tokenised.
@@ -150,6 +153,15 @@ def build_store(
             are rejected, or no sample is left of them all.
         OSError: when the store cannot be written; nothing unfinished is left.
     """
+    with lock_folder(folder, "token store", wait=True):
+        return _build_alone(data, files, tokenizer, folder, progress)
+
+
+def _build_alone(
+    data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path, progress: bool
+) -> TokenStore:
+    for name in _LISTS:
+        remove_temporaries(folder / name)
     settings = _settings(data, tokenizer)
     job = _Job(tokenizer, data)
     shards: list[Shard] = []
@@ -157,6 +169,7 @@ def build_store(
         path = _shard_path(folder, settings, file)
         shard = _up_to_date(path, file)
         if shard is None:
+            remove_temporaries(path)
             header = ShardHeader(settings, source_identity(file))
             chunks = _with_progress(read_chunks(file, _RECORDS_PER_CHUNK), file, progress)
             write_shard(path, header, (batch for _, batch in map_chunks(job, chunks, data.workers)))
@@ -187,8 +200,10 @@ def _settings(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "format_version": _FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
+        "parser": PARSER_VERSION,
         "tags": list(TAGS),
         "template": data.template,
+        "prompt": MAGICODER_PROMPT if data.template == "magicoder" else None,
         "max_length": data.max_length,
         "special_tokens_in_content": data.special_tokens_in_content,
     }
@@ -196,7 +211,7 @@ def _settings(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _shard_path(folder: Path, settings: dict[str, Any], file: DataFile) -> Path:
     """Runs with other settings keep their own shards, so that they may share a folder."""
-    key = json.dumps([settings, os.path.abspath(file.path), file.split], sort_keys=True)
+    key = json.dumps([settings, os.path.abspath(file.path), file.split, file.revision], sort_keys=True)
     stem = re.sub(r"[^\w.-]", "_", Path(file.path).stem)
     return folder / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
 
@@ -269,18 +284,18 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _write_lists(folder: Path, files: Sequence[DataFile], shards: Sequence[Shard]) -> None:
     """One JSON object for every record that is worth a look; a file that is listed twice appears once."""
-    by_file = {(file.path, file.split): shard for file, shard in zip(files, shards, strict=False)}
+    by_file = {(file.path, file.split, file.revision): shard for file, shard in zip(files, shards, strict=False)}
     rejects = [
         {"file": name, "line": line, "index": index, "reason": reason}
-        for (name, _), shard in by_file.items()
+        for (name, *_), shard in by_file.items()
         for index, line, reason in shard.rejects()
     ]
     spelt = [
         {"file": name, "line": line, "index": index, "special_tokens": tokens}
-        for (name, _), shard in by_file.items()
+        for (name, *_), shard in by_file.items()
         for index, line, tokens in shard.special_tokens()
     ]
-    for name, rows in (("rejects.jsonl", rejects), ("special_tokens.jsonl", spelt)):
+    for name, rows in zip(_LISTS, (rejects, spelt), strict=True):
         lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
         write_atomically(folder / name, partial(_write_lines, lines))
 

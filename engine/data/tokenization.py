@@ -18,6 +18,10 @@ SpecialTokens = Literal["keep", "spell_out"]
 TOO_LONG = "too long"
 """The fault of records that are left out for their length alone, which is no fault of the data."""
 
+# To be raised when some record comes to other ids or another structure than before: stores are then made anew, and a
+# run in progress is refused rather than changed.
+PARSER_VERSION = 2
+
 _BLOCK_TAGS = ("<|text|>", "<|code|>", "<|execution|>")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ GOOD = LINES[:24]
 DATA = DataConfig(max_length=448, workers=1)
 PRELUDE = f"""
 import os, resource, signal
+from dataclasses import replace
 from pathlib import Path
 from reflectron.engine.config import DataConfig, DataFile
 from reflectron.engine.data import store
@@ -227,16 +230,21 @@ def test_hub_data_set_gives_the_same_samples(
     local = datasets.load_dataset("json", data_files=str(golden), split="train", cache_dir=str(tmp_path / "cache"))
     asked = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
-        return local
+    def load_dataset(name: str, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, split, revision))
+        # The rows of a part lie in the files of the whole.
+        return local.select(range(10)) if split == "part[:10]" else local
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     sources._hub_dataset.cache_clear()
     file = DataFile(path="someone/golden", split="part")
     built = build_store(DATA, [file], tokenizer, tmp_path / "store")
     assert_holds(built, [DataFile(path=str(golden))], tokenizer)
-    assert asked == [("someone/golden", "part")]
+    assert asked == [("someone/golden", "part", None)]
+    part = build_store(DATA, [replace(file, split="part[:10]", revision="v2")], tokenizer, tmp_path / "store")
+    assert asked[1:] == [("someone/golden", "part[:10]", "v2")]
+    assert len(part) == 10
+    assert part.fingerprint != built.fingerprint
     sources._hub_dataset.cache_clear()
 
 
@@ -275,8 +283,9 @@ shard._checksum = kill_later
 build({file.path!r}, {str(folder)!r}, {workers})
 """
     assert run(code).returncode == -signal.SIGKILL
-    (left,) = folder.iterdir()
-    assert left.name.endswith(".arrow.tmp")
+    # The lock of the killed one is there, too.
+    (left,) = (path for path in folder.iterdir() if path.name != "job.lock")
+    assert re.fullmatch(r"a-[0-9a-f]{16}\.arrow\..+\.tmp", left.name)
     assert left.stat().st_size > 0
     with pytest.raises(ValueError, match="does not exist, expected it to be built before"):
         open_store(DATA, [file], tokenizer, folder)

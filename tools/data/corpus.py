@@ -19,6 +19,7 @@ from typing import IO
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.sources import Record
+from reflectron.engine.files import temporary_name
 
 # Names of a conversation's structure, not of its content.
 _STRUCTURE = ("role", "type")
@@ -134,7 +135,7 @@ def data_files(paths: Sequence[str], split: str) -> dict[str, DataFile]:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name when it is complete, and not at all after an error."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(temporary_name(path.name))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as stream:

@@ -192,7 +192,7 @@ def _file_stats(store: TokenStore, reflection: np.ndarray, config: Config) -> li
 
 def _student_share(store: TokenStore, samples: np.ndarray, config: Config) -> dict[str, float] | None:
     from reflectron.engine.data.masking import visible_tokens
-    from reflectron.engine.data.sampler import SampleRef, mask_generator
+    from reflectron.engine.data.sampler import SampleRef, mask_draws
     from reflectron.engine.data.views import make_views
 
     teacher = int(store.lengths[samples].sum())
@@ -200,8 +200,8 @@ def _student_share(store: TokenStore, samples: np.ndarray, config: Config) -> di
     for index in samples.tolist():
         sample = store[index]
         for rate in _RATES:
-            generator = mask_generator(config.seed, SampleRef(0, index, 0))
-            views = make_views(sample, visible_tokens(sample, config.mask, rate, generator))
+            draws = mask_draws(config.seed, SampleRef(0, index, 0))
+            views = make_views(sample, visible_tokens(sample, config.mask, rate, draws))
             student[rate] += len(views.student_positions)
     return {str(rate): tokens / teacher for rate, tokens in student.items()} if teacher else None
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reflectron.engine.job_lock import take_lock
 from reflectron.engine.terminal import console
 from reflectron.tools.eval.decoding import Answer, Backend, Decoding, Prompt, Unanswered
 from reflectron.tools.eval.problems import (
@@ -93,6 +94,12 @@ def generate(args: argparse.Namespace, file: ProblemFile, out: Path) -> int:
         Unanswered: when a server fails; what it answered is written.
     """
     _check(args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with take_lock(out.with_name(f"{out.name}.lock"), "--out"):
+        return _generate_alone(args, file, out)
+
+
+def _generate_alone(args: argparse.Namespace, file: ProblemFile, out: Path) -> int:
     problems = load_problems(file.dataset, file.path)[: args.limit]
     decoding = _decoding(args, file)
     done = _written(out, generation_settings(args, file))
@@ -235,6 +242,5 @@ def _written(out: Path, settings: dict[str, Any]) -> set[tuple[str, int]]:
                     "another --out"
                 )
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return done

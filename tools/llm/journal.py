@@ -7,13 +7,14 @@ every whole line is kept for good.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from reflectron.engine.job_lock import take_lock
 
 Record = dict[str, Any]
 
@@ -32,12 +33,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = take_lock(path.with_name(f"{path.name}.lock"), f"journal {path}")
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise ValueError(f"{path} is being written by another process, expected one at a time") from None
         self.size = _whole_lines(self._descriptor)
         self.cut_bytes = os.fstat(self._descriptor).st_size - self.size
         """Bytes of an unfinished last line that were cut off."""
@@ -97,6 +94,7 @@ class Journal:
         """Finish what is being written."""
         self._writer.shutdown()
         os.close(self._descriptor)
+        self._lock.release()
 
     def __enter__(self) -> Journal:
         return self
