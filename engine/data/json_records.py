@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Literal
 
 from reflectron.engine.data.conversation import BadRecord
 
@@ -21,6 +21,7 @@ _OPENING, _CLOSING, _BLOCK_END = (b"[", b"{"), (b"]", b"}"), (b"", b'"')
 _PARTS_OF_A_RECORD = ("messages", "conversations", "conversation", "tools", "functions")
 
 RawRecord = tuple[int, bytes]
+Undecodable = Literal["strict", "surrogateescape"]
 
 
 def split_records(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
@@ -45,14 +46,17 @@ def split_records(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
         yield from chain(first, lines)
 
 
-def decode(value: bytes) -> object:
+def decode(value: bytes, errors: Undecodable = "strict") -> object:
     """Parse a record.
+
+    Args:
+        errors: what becomes of bytes that are no UTF-8.
 
     Raises:
         BadRecord: when it is not JSON, or names a key twice.
     """
     try:
-        return _DECODER.decode(value.decode())
+        return _DECODER.decode(value.decode(errors=errors))
     except BadRecord:
         raise
     except UnicodeDecodeError as error:

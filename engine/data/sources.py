@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.byte_blocks import PARQUET_MAGIC, ByteBlocks, starts_with
 from reflectron.engine.data.conversation import BadRecord, Conversation
-from reflectron.engine.data.json_records import decode, split_records
+from reflectron.engine.data.json_records import Undecodable, decode, split_records
 from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.text import printable
 
@@ -55,15 +55,18 @@ class Record:
         """
         return parse_record(self.decoded())
 
-    def decoded(self) -> object:
+    def decoded(self, errors: Undecodable = "strict") -> object:
         """The record's value: named columns, unless its JSON holds something else.
+
+        Args:
+            errors: what becomes of bytes that are no UTF-8.
 
         Raises:
             BadRecord: when it is not JSON, or names a key twice.
         """
         if isinstance(self.value, BadRecord):
             raise self.value
-        return decode(self.value) if isinstance(self.value, bytes) else self.value
+        return decode(self.value, errors) if isinstance(self.value, bytes) else self.value
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.json_records import Undecodable
 from reflectron.engine.data.sources import read_rows
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: Path, *, errors: Undecodable = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and row of every line that is not blank; compressed files and arrays are read as they are.
+
+    Args:
+        errors: what becomes of bytes that are no UTF-8.
 
     Raises:
         ValueError: naming the file and the line that is not a JSON object.
     """
     for record in read_rows(path):
         try:
-            row = record.decoded()
+            row = record.decoded(errors)
         except BadRecord as error:
             raise ValueError(f"{path}:{record.line} is not JSON: {error}") from None
         if not isinstance(row, dict):

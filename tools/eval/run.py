@@ -1,6 +1,6 @@
 """``reflectron eval run``: from a checkpoint to a folder with answers, score and a report page.
 
-``completions.jsonl`` is continued where it was left (``eval generate``); the score is always made anew.
+``completions.jsonl`` is continued where it was left (``eval generate``), and so is ``verdicts.jsonl``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ from reflectron.tools.eval.decoding import Unanswered
 from reflectron.tools.eval.generate import add_generation_arguments, generate, stopped
 from reflectron.tools.eval.problems import ProblemFile, find_problems, load_problems
 from reflectron.tools.eval.rows import write_text
-from reflectron.tools.eval.score import (
-    add_scoring_arguments,
-    describe,
-    read_samples,
-    score_samples,
-    scoring_limits,
-)
+from reflectron.tools.eval.samples import read_samples
+from reflectron.tools.eval.score import add_scoring_arguments, describe, score_samples, scoring_limits
 from reflectron.tools.sandbox.process import choose_sandbox
 
 SCORE_FILE = "score.json"
@@ -48,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     except Unanswered as failure:
         return stopped(failure, completions)
     samples = read_samples(completions, problems, partial=False)
-    result = score_samples(args, file, problems, samples, limits, kind)
+    result = score_samples(args, file, problems, samples, limits, kind, out / "verdicts.jsonl")
     write_text(out / SCORE_FILE, json.dumps({"model": args.model, **result}, indent=2) + "\n")
     print(describe(result))
     print(f"report: {write_report(out, args.model, result, other)}")
