@@ -6,30 +6,48 @@ for Hugging Face tensors. It needs no process groups and holds no more than one 
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from reflectron.engine.checkpoint.dist_metadata import METADATA_FILE, check_whole
+from reflectron.engine.checkpoint.dist_reader import DistReader
 from reflectron.engine.checkpoint.hf_table import CheckpointTensor, checkpoint_tensors
 from reflectron.engine.checkpoint.sources import SafetensorsSource
+from reflectron.engine.checkpoint.tensor_names import check_names, check_tied_output, expected_names, listed
 from reflectron.engine.model.families import Architecture
 
-METADATA_FILE = ".metadata"
+ADAPTER_FILE = "adapter_config.json"
+# Keys of the model's own parameters, beside those of the optimizer and of the run.
+_PARAMETERS = ("decoder.", "embedding.", "output_layer.")
 
 
 def open_weights(folder: str | Path, arch: Architecture) -> SafetensorsSource | DistSource:
     """The weights in ``folder``, in either format; ``arch`` is their architecture.
 
     Raises:
-        ValueError: when it holds none.
+        ValueError: when it holds none, or others than those of ``arch``.
     """
-    return DistSource(folder, arch) if (Path(folder) / METADATA_FILE).exists() else SafetensorsSource(folder)
+    if (Path(folder) / ADAPTER_FILE).exists():
+        raise ValueError(
+            f"{folder} holds an adapter ({ADAPTER_FILE}), which transformers would load on top of the weights; "
+            "merge the two (peft's merge_and_unload) or remove it"
+        )
+    if (Path(folder) / METADATA_FILE).exists():
+        source = DistSource(folder, arch)
+        source.check_names()
+        return source
+    weights = SafetensorsSource(folder)
+    names = weights.names()
+    check_names(names, arch, folder)
+    for name in expected_names(arch):
+        weights.dtype(name)
+    check_tied_output(weights, arch, names, folder)
+    return weights
 
 
 class DistSource:
@@ -45,15 +63,8 @@ class DistSource:
 
     def __init__(self, folder: str | Path, arch: Architecture) -> None:
         self.folder = Path(folder)
-        self._reader = FileSystemReader(self.folder)
-        try:
-            self._metadata: Metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(
-                f"{self.folder / METADATA_FILE} cannot be read: {error}; expected a folder that "
-                "megatron-core's dist_checkpointing wrote"
-            ) from None
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._reader = DistReader(self.folder)
+        self._metadata = self._reader.read_metadata()
         self._places = {piece.name: (tensor, piece) for tensor in checkpoint_tensors(arch) for piece in tensor.pieces}
         self._last: tuple[CheckpointTensor, torch.Tensor] | None = None
 
@@ -66,6 +77,24 @@ class DistSource:
         for name in sorted({place.relative_path for place in self._metadata.storage_data.values()}):
             if not (self.folder / name).is_file():
                 raise ValueError(f"{self.folder / name} is missing; copy the whole folder again")
+
+    def check_names(self) -> None:
+        """See that there is no parameter that the architecture does not have; those missing are found when read.
+
+        Raises:
+            ValueError: naming them.
+        """
+        known = {tensor.key for tensor, _ in self._places.values()}
+        unread = [
+            key
+            for key in sorted(self._metadata.state_dict_metadata)
+            if key.startswith(_PARAMETERS) and key not in known and not key.partition("/")[0].endswith("._extra_state")
+        ]
+        if unread:
+            raise ValueError(
+                f"{self.folder} holds {len(unread)} tensors that its architecture does not compute with: "
+                f"{listed(unread)}; expected none: it holds another architecture"
+            )
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the tensor with this Hugging Face name."""
@@ -86,6 +115,7 @@ class DistSource:
         stored = self._metadata.state_dict_metadata.get(tensor.key)
         if not isinstance(stored, TensorStorageMetadata):
             raise ValueError(f"{self.folder} has no tensor {tensor.key}: it holds another architecture")
+        check_whole(f"{self.folder}: {tensor.key}", stored)
         return stored
 
     def _whole(self, tensor: CheckpointTensor) -> torch.Tensor:
@@ -102,10 +132,7 @@ class DistSource:
             raise ValueError(f"{self.folder}: {tensor.key} has shape {list(found)}, expected {list(expected)}")
         target = torch.empty(part.sizes, dtype=stored.properties.dtype)
         items = create_read_items_for_chunk_list(tensor.key, stored, [part])
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{self.folder}: {tensor.key} cannot be read: {error}; copy the folder again") from None
+        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         return target.view(tensor.shape)
 
 

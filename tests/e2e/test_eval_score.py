@@ -203,3 +203,39 @@ def test_hostile_samples_fail_alone(tmp_path: Path, cache: Path) -> None:
     named = {name: failed.get((task["task_id"], number)) for number, name in enumerate(hostile, 1)}
     assert named["hanging"]["base"] == "timeout"
     assert [named["patching"][key] for key in ("input", "expected", "got")] == ["[0, 1]", "1", "-7"]
+
+
+# Base inputs, and an answer for each.
+SIMILAR = "def similar_elements(a, b): return tuple(set(a) & set(b))"
+# A list is no set before evalplus makes one of it, which takes hours where all its elements have the same hash.
+QUADRATIC = "def similar_elements(a, b): return [n * (2**61 - 1) for n in range(200_000)]"
+
+
+@pytest.mark.slow
+def test_a_comparison_that_hangs_fails_its_sample_alone(tmp_path: Path) -> None:
+    from reflectron.tools.eval.expectations import Task
+    from reflectron.tools.eval.judge import Judge, JudgeLimits
+
+    task = Task("mbpp", "Mbpp/2", "similar_elements", SIMILAR, 0, ([[(3, 4), (4, 5)]], [[(1, 2), (2, 1)]]))
+    with Judge(JudgeLimits(comparing_seconds=1), "bubblewrap", tmp_path) as judge:
+        assert [verdict.status for verdict in judge.judge(task, SIMILAR)] == ["pass", "pass"]
+        hanging = judge.judge(task, QUADRATIC)
+        assert {verdict.got for verdict in hanging} == {"comparing its answers took more than 1 s of CPU time"}
+        assert [verdict.status for verdict in judge.judge(task, SIMILAR)] == ["pass", "pass"]
+    kept = next(tmp_path.glob("*.plus.gz"))
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1])
+    with Judge(JudgeLimits(), "bubblewrap", tmp_path) as judge:
+        assert [verdict.status for verdict in judge.judge(task, SIMILAR)] == ["pass", "pass"]
+    assert kept.stat().st_size == len(whole), "damaged expected answers are made anew"
+
+
+@pytest.mark.slow
+def test_what_fails_before_a_program_starts_is_not_the_samples_doing(tmp_path: Path) -> None:
+    from reflectron.tools.eval.answers import AnswerPipes, Program
+    from reflectron.tools.sandbox.plain_data import encode
+
+    suites, seconds = [encode([[1]])], [[1.0]]
+    program = Program(code="", entry_point="f", suites=suites, seconds=seconds, suite_seconds=1, memory_bytes=32 << 20)
+    with AnswerPipes(program, tmp_path) as pipes, pytest.raises(OSError, match="before the program was started"):
+        pipes.run("bubblewrap")

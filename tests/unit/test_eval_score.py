@@ -64,7 +64,7 @@ def test_completions_follow_the_prompt_and_solutions_stand_alone(tmp_path: Path)
         ('{"task_id": "HumanEval/999", "solution": ""}', "which the data set does not have"),
         ('{"task_id": "HumanEval/2"}', "neither a text 'solution' nor a text 'completion'"),
         ('{"task_id": "HumanEval/2", "solution": ""}', "no completion for 11 of 12 tasks"),
-        ("[1]", "c.jsonl:1 is list"),
+        ("[1]", "c.jsonl:1 is int"),
         ("{", "c.jsonl:1 is not JSON"),
     ],
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from reflectron.engine.terminal import console
 from reflectron.engine.text import one_line
 from reflectron.tools.eval.samples import Sample, unfit
 from reflectron.tools.eval.verdict import Verdict, Verdicts
@@ -193,4 +194,11 @@ def tracked(results: Iterable[T], total: int, what: str) -> Iterable[T]:
     """``results``, with a progress bar on a terminal."""
     from rich.progress import track
 
-    return track(results, description=what, total=total, disable=not sys.stderr.isatty(), transient=True)
+    return track(
+        results,
+        description=what,
+        total=total,
+        console=console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )

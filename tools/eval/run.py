@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from reflectron.tools.eval.generate import add_generation_arguments, generate
+from reflectron.tools.eval.decoding import Unanswered
+from reflectron.tools.eval.generate import add_generation_arguments, generate, stopped
 from reflectron.tools.eval.problems import ProblemFile, find_problems, load_problems
 from reflectron.tools.eval.rows import write_text
 from reflectron.tools.eval.samples import read_samples
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate, score, report; returns 0 whatever the score is."""
+    """Generate, score, report; returns 0 whatever the score is, and 1 when a server does not answer."""
     from reflectron.tools.eval.report import write_report
 
     kind, limits = choose_sandbox(args.sandbox, args.i_understand), scoring_limits(args)
@@ -37,7 +38,10 @@ def run(args: argparse.Namespace) -> int:
     other = _read_other(args, file)
     problems = load_problems(file.dataset, file.path)[: args.limit]
     completions = out / "completions.jsonl"
-    generate(args, file, completions)
+    try:
+        generate(args, file, completions)
+    except Unanswered as failure:
+        return stopped(failure, completions)
     samples = read_samples(completions, problems, partial=False)
     result = score_samples(args, file, problems, samples, limits, kind, out / "verdicts.jsonl")
     write_text(out / SCORE_FILE, json.dumps({"model": args.model, **result}, indent=2) + "\n")
