@@ -39,9 +39,10 @@ ALLOWED = {
     ("tools/eval/prompts.py", "apply_chat_template"): "transformers renders templates in jinja2's immutable sandbox",
     ("tools/eval/answering.py", "exec"): "runs inside the sandbox",
     ("tools/eval/answering.py", "compile"): "runs inside the sandbox",
-    ("tools/eval/answering.py", "pickle"): "runs inside the sandbox",
-    ("tools/eval/answers.py", "pickle"): "see docs/sandbox.md",
-    ("tools/eval/judge.py", "pickle"): "see docs/sandbox.md",
+    ("tools/eval/candidate_process.py", "exec"): "runs inside the sandbox",
+    ("tools/eval/candidate_process.py", "compile"): "runs inside the sandbox",
+    ("tools/eval/check_process.py", "exec"): "runs inside the sandbox",
+    ("tools/eval/check_process.py", "compile"): "runs inside the sandbox",
     ("examples/ablation/make_problems.py", "exec"): "programs of this repository",
     ("examples/ablation/make_problems.py", "compile"): "programs of this repository",
 }

@@ -50,7 +50,8 @@ def main() -> None:
 def _load(program: Program) -> Any:
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
-    exec(compile(program["code"], "solution.py", "exec"), vars(module))
+    # Not with this module's own `from __future__ import annotations`.
+    exec(compile(program["code"], "solution.py", "exec", dont_inherit=True), vars(module))
     if program["entry_point"] not in vars(module):
         raise NameError(f"name '{program['entry_point']}' is not defined")
     return vars(module)[program["entry_point"]]

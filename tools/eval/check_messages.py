@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Collection
 from typing import Any, Literal, TypedDict
 
 from reflectron.tools.sandbox.plain_data import DataLimits, NotData
@@ -59,6 +60,9 @@ class Report(TypedDict):
     """Of the test."""
 
 
+_LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, range})
+
+
 def first_not_data(value: Any, *, classes: bool = False) -> str | None:
     """What in a decoded value has lost something on the way, if anything.
 
@@ -72,10 +76,18 @@ def first_not_data(value: Any, *, classes: bool = False) -> str | None:
             return value.description
         if classes and type(type(value)) is not type:
             return f"an instance of a {type(value).__name__}"
-        if isinstance(value, dict):
-            frontier += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-            frontier += value
-        elif type(value).__module__ == "numpy" and value.dtype.kind == "O":
-            frontier += value.ravel().tolist()
+        for elements in _parts(value):
+            # Mostly all are numbers or text.
+            if not _LEAVES.issuperset(map(type, elements)):
+                frontier += elements
     return None
+
+
+def _parts(value: Any) -> tuple[Collection[Any], ...]:
+    if isinstance(value, dict):
+        return value.keys(), value.values()
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        return (value,)
+    if type(value).__module__ == "numpy" and value.dtype.kind == "O":
+        return (value.ravel().tolist(),)
+    return ()

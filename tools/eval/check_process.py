@@ -17,6 +17,7 @@ import re
 import reprlib
 import select
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -37,20 +38,31 @@ from reflectron.tools.sandbox.plain_data import PlainDataError, decode, encode, 
 _SHOWN_CHARACTERS = 300
 _TEST_FILE = "<test>"
 _PROBE_SECONDS = 60
+_BUFFER_BYTES = 1 << 16
 _Ending = Literal["pass", "fail", "timeout", "silent", "called", "impossible"]
 
 
 def main() -> None:
     """Run the test to its end and report."""
-    answers, calls, report = os.dup(0), os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(2), "wb")
+    stderr = os.dup(2)
+    try:
+        _run(os.dup(0), os.dup(1), os.fdopen(os.dup(2), "wb"))
+    finally:
+        # Only an error of ours comes here.
+        os.dup2(stderr, 2)
+
+
+def _run(answers: int, calls: int, report: BinaryIO) -> None:
+    os.set_blocking(calls, False)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(nothing, descriptor)
     with open(JOB_FILE, "rb") as file:
         job: Tests = read_message(file, JOB_LIMITS)
-    stream = io.BufferedReader(_PatientPipe(answers, job["patience"]), 1 << 16)
+    pipes = _PatientPipes(answers, calls, job["patience"])
+    streams = io.BufferedReader(pipes, _BUFFER_BYTES), io.BufferedWriter(pipes, _BUFFER_BYTES)
     for number, test in enumerate(job["tests"]):
-        check = _Check(number, test, stream, calls, report)
+        check = _Check(number, test, *streams, report)
         if job["probe"]:
             check.probe()
         else:
@@ -61,9 +73,10 @@ class _Check:
     """One run of a test."""
 
     def __init__(self, number: int, test: Test, answers: BinaryIO, calls: BinaryIO, report: BinaryIO) -> None:
-        self._number, self._probing = number, False
-        self._test, self._answers, self._calls, self._report = test, answers, calls, report
+        self._number, self._test, self._report, self._probing = number, test, report, False
+        self._answers, self._calls = answers, calls
         self._asked = self._told = ""
+        self._lock = threading.Lock()
         self._raised: BaseException | None = None
         self._names: dict[str, Any] = {"__name__": "test"}
         self._prompt: dict[str, Any] = {}
@@ -87,12 +100,12 @@ class _Check:
         name = self._test["entry_point"]
         candidate = self._candidate(name)
         try:
-            exec(compile(_without(name, self._test["prompt"]), "<prompt>", "exec"), self._names)
+            exec(compile(_without(name, self._test["prompt"]), "<prompt>", "exec", dont_inherit=True), self._names)
             self._prompt = dict(self._names)
             self._names[name] = candidate
             # For the lines of a traceback.
             linecache.cache[_TEST_FILE] = (0, None, self._test["test"].splitlines(True), _TEST_FILE)
-            exec(compile(self._test["test"], _TEST_FILE, "exec"), self._names)
+            exec(compile(self._test["test"], _TEST_FILE, "exec", dont_inherit=True), self._names)
             check = self._names["check"]
             if not self._probing:
                 self._wait_until_loaded()
@@ -108,7 +121,9 @@ class _Check:
 
     def _candidate(self, name: str) -> Any:
         def candidate(*arguments: Any, **named: Any) -> Any:
-            return self._call(arguments, named)
+            # Tests that limit time call from threads of their own.
+            with self._lock:
+                return self._call(arguments, named)
 
         candidate.__name__ = candidate.__qualname__ = name
         return candidate
@@ -150,6 +165,8 @@ class _Check:
             write_message(self._calls, (arguments, named), LIMITS)
         except BrokenPipeError:
             self._end("silent")
+        except TimeoutError:
+            self._end("timeout", "the program takes no call")
 
     def _receive(self) -> dict[str, Any]:
         """The next message of the candidate's process, none of whose content is to be trusted."""
@@ -219,24 +236,34 @@ class _Check:
         self._report.flush()
 
 
-class _PatientPipe(io.RawIOBase):
-    """A pipe that waits no longer than its patience for all that is read from it at once."""
+class _PatientPipes(io.RawIOBase):
+    """The pipes from and to the candidate, which together wait no longer than their patience."""
 
-    def __init__(self, descriptor: int, patience: float) -> None:
-        self._descriptor, self._patience = descriptor, patience
+    def __init__(self, answers: int, calls: int, patience: float) -> None:
+        self._answers, self._calls, self._patience = answers, calls, patience
 
     def readable(self) -> bool:
         return True
 
+    def writable(self) -> bool:
+        return True
+
     def readinto(self, buffer: Any) -> int:
+        self._wait([self._answers], [])
+        data = os.read(self._answers, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def write(self, data: Any) -> int:
+        self._wait([], [self._calls])
+        return os.write(self._calls, data)
+
+    def _wait(self, readable: list[int], writable: list[int]) -> None:
         before = time.monotonic()
-        if not select.select([self._descriptor], [], [], max(self._patience, 0.0))[0]:
+        if not any(select.select(readable, writable, [], max(self._patience, 0.0))):
             raise TimeoutError
         # Of all answers together: what sleeps before each has the same time as what computes.
         self._patience -= time.monotonic() - before
-        data = os.read(self._descriptor, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _without(name: str, prompt: str) -> ast.Module:

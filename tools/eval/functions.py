@@ -11,7 +11,9 @@ import contextlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from reflectron.engine.text import printable
@@ -49,11 +51,23 @@ def judge_function(problem: Problem, code: str, cpu_seconds: float, kind: Sandbo
         argv = staged(program_folder, "eval.candidate_process", *_NEEDED)
         _write_job(program_folder, Program(code=code, entry_point=problem.entry_point))
         answering = Speaker(argv, program_folder, _limits(program_seconds, math.inf), _ENVIRONMENT)
-        return _verdict(hold_dialogue(kind, asking, answering, patience))
+        return _verdict(hold_dialogue(kind, asking, answering))
+
+
+@dataclass(frozen=True, order=True)
+class Mistake:
+    """What is wrong with a problem's test."""
+
+    task_id: str
+    reason: str
+    passes_all: bool = False
+    """Whether all programs pass it; otherwise none does."""
 
 
 def check_tests(problems: Sequence[Problem], kind: SandboxKind, workers: int) -> None:
     """Run every test up to its first call, so that one that can pass nobody is found before the first sample.
+
+    One that passes everybody is named on stderr.
 
     Raises:
         ValueError: naming the problem and what is wrong with its test.
@@ -61,13 +75,23 @@ def check_tests(problems: Sequence[Problem], kind: SandboxKind, workers: int) ->
     batches = [problems[start : start + _PROBED_AT_ONCE] for start in range(0, len(problems), _PROBED_AT_ONCE)]
     with contextlib.closing(in_threads(lambda batch: mistakes_in_tests(batch, kind), batches, workers)) as results:
         found = sorted(itertools.chain.from_iterable(tracked(results, len(batches), "looking at tests")))
-    if found:
-        more = f", and {len(found) - 1} more problems have such faults" if len(found) > 1 else ""
-        raise ValueError(f"problem {printable(found[0][0])} cannot be judged: {printable(found[0][1])}{more}")
+    passing = [mistake for mistake in found if mistake.passes_all]
+    failing = [mistake for mistake in found if not mistake.passes_all]
+    if passing:
+        print(f"every program passes problem {_named(passing)}", file=sys.stderr)
+    if failing:
+        raise ValueError(f"no program can pass problem {_named(failing)}")
 
 
-def mistakes_in_tests(problems: Sequence[Problem], kind: SandboxKind) -> list[tuple[str, str]]:
-    """Tasks whose tests can pass no program, or fail none, and why."""
+def _named(mistakes: Sequence[Mistake]) -> str:
+    """The first, and how many more there are."""
+    first, more = mistakes[0], len(mistakes) - 1
+    and_more = f" (and {more} more have such tests)" if more else ""
+    return f"{printable(first.task_id)}{and_more}: {printable(first.reason)}"
+
+
+def mistakes_in_tests(problems: Sequence[Problem], kind: SandboxKind) -> list[Mistake]:
+    """What is wrong with tests that can pass no program, or fail none."""
     seconds = _TEST_SECONDS * len(problems)
     with sandbox_folder() as folder:
         argv = _staged_tests(problems, folder, 0.0, probe=True)
@@ -77,21 +101,21 @@ def mistakes_in_tests(problems: Sequence[Problem], kind: SandboxKind) -> list[tu
     for report in _reports(outcome):
         # The first: a test may call its candidate from a process of its own, and end there and here.
         reports.setdefault(report["number"], report)
-    mistakes: list[tuple[str, str]] = []
+    mistakes: list[Mistake] = []
     for number, problem in enumerate(problems):
         if number not in reports:
-            return [*mistakes, (problem.task_id, f"its test cannot be tried: {_ended(outcome).got}")]
-        if reason := _mistake(problem.entry_point, reports[number]):
-            mistakes.append((problem.task_id, reason))
+            return [*mistakes, Mistake(problem.task_id, f"its test cannot be tried: {_ended(outcome).got}")]
+        if reports[number]["ended"] == "pass":
+            mistakes.append(Mistake(problem.task_id, f"its test never calls {problem.entry_point}", passes_all=True))
+        elif reason := _mistake(problem.entry_point, reports[number]):
+            mistakes.append(Mistake(problem.task_id, reason))
     return mistakes
 
 
 def _mistake(name: str, report: Report) -> str:
-    """Why no program can pass a test, or all do; empty for one that comes to call its candidate."""
+    """Why no program can pass a test; empty for one that comes to call its candidate."""
     if report["ended"] == "called":
         return ""
-    if report["ended"] == "pass":
-        return f"its test never calls {name}, so that every program would pass"
     if report["ended"] == "impossible":
         return report["got"]
     line = f" at `{report['expected']}`" if report["expected"] else ""
@@ -123,8 +147,6 @@ def _reports(outcome: Outcome) -> list[Report]:
 
 def _verdict(dialogue: Dialogue) -> Verdict:
     reports = _reports(dialogue.asking)
-    if dialogue.stalled:
-        return Verdict("timeout", got="the program takes no call")
     if not reports:
         why = _ended(dialogue.asking)
         return Verdict(why.status, got=f"the test came to no result: {why.got}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 from collections import Counter
@@ -86,13 +87,20 @@ def run(args: argparse.Namespace) -> int:
     file = find_problems(args.dataset, args.data)
     problems = load_problems(file.dataset, file.path)
     samples = read_samples(Path(args.completions), problems, partial=args.partial)
-    # Beside what is asked for, whatever the folder of the completions allows.
-    beside = Path(args.json or args.completions.removesuffix(".gz"))
-    result = score_samples(args, file, problems, samples, limits, kind, beside.with_suffix(".verdicts.jsonl"))
+    result = score_samples(args, file, problems, samples, limits, kind, _verdicts_of(args))
     print(describe(result))
     if args.json:
         write_text(Path(args.json), json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _verdicts_of(args: argparse.Namespace) -> Path:
+    """Where verdicts are kept: beside the result, else beside the completions where that folder can be written."""
+    beside = Path(args.json or args.completions.removesuffix(".gz")).with_suffix(".verdicts.jsonl")
+    if args.json or os.access(beside.parent, os.W_OK):
+        return beside
+    name = hashlib.sha256(os.fsencode(Path(args.completions).resolve())).hexdigest()
+    return expectations_folder() / f"{name}.verdicts.jsonl"
 
 
 def scoring_limits(args: argparse.Namespace) -> JudgeLimits:

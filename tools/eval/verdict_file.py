@@ -42,7 +42,9 @@ class VerdictFile:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._descriptor)
-            raise ValueError(f"{path} is being written by another scorer: wait for its end, or name another") from None
+            raise ValueError(
+                f"{path} is being written by another scorer: wait for its end, or give --json another FILE"
+            ) from None
         except OSError:
             # A file system without locks: rows are appended whole, so two scorers do no more than work twice.
             pass

@@ -49,6 +49,7 @@ class Sandboxed:
         writable: folders by their path inside; the one at ``/sandbox`` is the working folder.
         read_only: further paths that the program sees under their own names, next to the running Python.
         environment: added to a clean one.
+        stdout: where the program writes, instead of the pipe that is read here.
 
     Raises:
         OSError: a folder or the program that makes the wall is missing.
@@ -64,6 +65,7 @@ class Sandboxed:
         environment: Mapping[str, str],
         read_only: Sequence[Path] = (),
         stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
     ) -> None:
         self._kind, self._limits = kind, limits
         self._status: bytes | None = None
@@ -71,7 +73,7 @@ class Sandboxed:
         with contextlib.ExitStack() as on_error, contextlib.ExitStack() as theirs:
             writable = {inside: folder.absolute() for inside, folder in writable.items()}
             writable[wall.SCRATCH] = on_error.enter_context(sandbox_folder())
-            self.stdout_fd, stdout = _pipe(on_error, theirs)
+            self.stdout_fd, piped = _pipe(on_error, theirs)
             self.stderr_fd, stderr = _pipe(on_error, theirs)
             self._status_fd, status = _pipe(on_error, theirs)
             self._texts = {self.stdout_fd: bytearray(), self.stderr_fd: bytearray()}
@@ -104,7 +106,7 @@ class Sandboxed:
                 environment=wall.environment(kind, writable, environment),
                 cwd=writable[wall.FOLDER],
                 stdin=stdin,
-                stdout=stdout,
+                stdout=piped if stdout is None else stdout,
                 stderr=stderr,
                 pass_fds=inherited,
                 walled=kind == "bubblewrap",
