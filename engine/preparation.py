@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from reflectron.engine.config import Config, DataFile
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.sampler import SampleOrder
 from reflectron.engine.data.store import TokenStore, build_store, open_store
@@ -25,6 +26,7 @@ from reflectron.engine.model.families import (
     parse_architecture,
     read_hf_config,
 )
+from reflectron.engine.model.tokenizer_fit import check_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class ModelInputs:
     """Rows of the original's embedding."""
     tokenizer: Tokenizer
     """With the tags."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the two go together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ def read_model_inputs(config: Config) -> ModelInputs:
     tokenizer_path = config.tokenizer.path or config.model.path
     assert tokenizer_path is not None, "check_relations asks for tokenizer.path beside model.config"
     tokenizer = load_tokenizer(tokenizer_path, config.data.template)
-    _check_vocabulary(arch, tokenizer, str(source))
+    notes = check_tokenizer(arch, tokenizer, tokenizer_path, hf_config, config.model.path)
     check_parallel(arch, config.parallel)
     layers_per_stage(arch.num_layers, config.parallel)
     return ModelInputs(
@@ -74,18 +78,8 @@ def read_model_inputs(config: Config) -> ModelInputs:
         arch=replace(arch, vocab_size=max(arch.vocab_size, tokenizer.size)),
         original_vocab_size=arch.vocab_size,
         tokenizer=tokenizer,
+        notes=notes,
     )
-
-
-def _check_vocabulary(arch: Architecture, tokenizer: Tokenizer, source: str) -> None:
-    """The model may lack rows for new tags, whose embeddings are averaged, and for nothing else."""
-    new = {tokenizer.tag_ids[tag] for tag in tokenizer.tag_sub_tokens}
-    missing = [token for token in range(arch.vocab_size, tokenizer.size) if token not in new]
-    if missing:
-        raise ValueError(
-            f"{source}: vocab_size is {arch.vocab_size}, expected at least {missing[-1] + 1}: "
-            f"the tokenizer has tokens that the model has no embedding for"
-        )
 
 
 def prepare(config: Config, progress: bool) -> RunInputs:
@@ -105,7 +99,14 @@ def prepare(config: Config, progress: bool) -> RunInputs:
         if not files:
             return None
         store = build_store(config.data, files, model.tokenizer, store_folder(config, part), progress)
+        if len(store) == 0:
+            raise ValueError(
+                f"data.{part} has no sample: every record was rejected; {store_folder(config, part)} says why"
+            )
         check_budget(store, files, config)
+        check_positions(store, files, config, model.arch)
+        if part == "train":
+            run_length(config, sample_order(store, files, config.seed))
         return store
 
     return RunInputs(
@@ -136,11 +137,10 @@ def check_budget(store: TokenStore, files: tuple[DataFile, ...], config: Config)
         ValueError: naming the sample that needs the most tokens.
     """
     budget = config.batch.tokens_per_microbatch
-    generator = np.random.default_rng(0)
     worst, needed = -1, budget
     for index in np.flatnonzero(2 * store.lengths > budget):
         sample = store[int(index)]
-        seen = visible_tokens(sample, config.mask, 0.0, generator)
+        seen = visible_tokens(sample, config.mask, 0.0, Draws(0))
         tokens = len(sample.input_ids) + (0 if seen is None or seen.all() else int(seen.sum()))
         if tokens > needed:
             worst, needed = int(index), tokens
@@ -152,16 +152,42 @@ def check_budget(store: TokenStore, files: tuple[DataFile, ...], config: Config)
         )
 
 
+def check_positions(store: TokenStore, files: tuple[DataFile, ...], config: Config, arch: Architecture) -> None:
+    """Refuse samples that are longer than the model has positions; a smaller ``data.max_length`` drops and counts them.
+
+    Raises:
+        ValueError: naming the longest sample.
+    """
+    positions = arch.rope.positions
+    longest = int(store.lengths.argmax()) if len(store) else 0
+    if len(store) and store.lengths[longest] > positions:
+        raise ValueError(
+            f"data.max_length is {config.data.max_length}, expected at most {positions}, the positions of the model "
+            f"(max_position_embeddings): record {store.record_index[longest]} of "
+            f"{files[store.file_index[longest]].path} has {store.lengths[longest]} tokens"
+        )
+
+
 def sample_order(store: TokenStore, files: tuple[DataFile, ...], seed: int) -> SampleOrder:
     """The order in which the samples of ``files`` are trained on."""
-    return SampleOrder(np.array([file.repeat for file in files])[store.file_index], seed)
+    return SampleOrder([file.repeat for file in files], store.file_index, seed)
 
 
 def run_length(config: Config, order: SampleOrder) -> tuple[int, float | None]:
-    """Steps of a run, and the epochs after which its last batch stops short; None where a number of steps ends it."""
+    """Steps of a run, and the epochs after which its last batch stops short; None where a number of steps ends it.
+
+    Raises:
+        ValueError: when that is no step at all.
+    """
     if config.train.steps:
         return config.train.steps, None
-    return order.total_steps(config.train.epochs, config.batch.global_batch_size), config.train.epochs
+    steps = order.total_steps(config.train.epochs, config.batch.global_batch_size)
+    if steps < 1:
+        raise ValueError(
+            f"the run has 0 steps: train.epochs {config.train.epochs:g} of data.train list no sample with their "
+            "data.train[*].repeat; expected at least one: raise either, or set train.steps"
+        )
+    return steps, config.train.epochs
 
 
 def store_folder(config: Config, part: str) -> Path:

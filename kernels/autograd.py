@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from reflectron.kernels.softmax_statistics import (
     IGNORE_INDEX,
@@ -28,6 +27,9 @@ from reflectron.kernels.softmax_statistics import (
 )
 
 Codes = dict[Any, Any]
+
+
+_INSTEAD = "expected one backward through it, or a loss of torch's own operations"
 
 
 class Passes(Protocol):
@@ -68,6 +70,8 @@ def apply_head(
 
     Triples hold teacher [N], student [N] and unpaired [M] rows. Shapes, gradients and errors: ``distillation_head``.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"distillation_head works under no transform of torch.func (vmap, grad, jvp); {_INSTEAD}")
     compute = torch.promote_types(weight.dtype, torch.float32)
     label, kl_weight = torch.cat(labels), kl_weight.detach().to(compute)
     ce_weight = torch.cat(ce_weights).detach().to(compute).masked_fill(label == IGNORE_INDEX, 0)
@@ -91,44 +95,83 @@ class _DistillationHead(torch.autograd.Function):
         passes: type[Passes],
         training: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, kept = (teacher, student, unpaired), Codes()
-        shard = passes(weight, hidden, rows, options, kept)
-        stats = merge_statistics(gather_shards(shard.statistics(training), options.tp_group), options.temperature)
-        # A weighted label that no shard owns lies outside the vocabulary. NaN stops the step, where reading the labels
-        # back to raise an error would make every step wait for the device.
-        lost = (rows.ce_weight != 0) & (stats.label_logit == -torch.inf)
-        ce_weight = rows.ce_weight.masked_fill(lost, torch.nan)
-        divergence, student_mean = divergences(stats, len(teacher), options, shard.jsd_sums)
-
-        cross_entropy = weighted(ce_weight, stats.sum_exp.log() + (stats.max - stats.label_logit))
-        by_group = cross_entropy.split([len(h) for h in hidden])
-        terms = [part.sum() for part in by_group]
-        terms.append(weighted(rows.kl_weight, options.temperature**2 * divergence).sum())
-        values = torch.stack(terms)
-        ctx.save_for_backward(weight, *hidden)
-        ctx.rows, ctx.options, ctx.passes, ctx.stats, ctx.kept = rows, options, passes, stats, kept
-        ctx.ce_weight, ctx.student_mean = ce_weight, student_mean
-        row_values = by_group[2].clone()
-        ctx.mark_non_differentiable(values, row_values)
-        return values.sum(), values, row_values
+        # Autocast would round the factors of fp32 products, and differently in the two directions.
+        with torch.autocast(weight.device.type, enabled=False):
+            return _forward(ctx, weight, (teacher, student, unpaired), rows, options, passes, training)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *hidden = ctx.saved_tensors
-        rows, options = ctx.rows, ctx.options
-        ce_weight, kl_weight = ctx.ce_weight * grad_loss, rows.kl_weight * grad_loss
-        needs_weight, *needs_hidden = ctx.needs_input_grad[:4]
-        grad_hidden = [torch.zeros_like(h) if need else None for h, need in zip(hidden, needs_hidden, strict=True)]
-        grad_weight = options.main_grad if needs_weight else None
-        if needs_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight, dtype=ce_weight.dtype)
-        own_columns = None if grad_weight is None else grad_weight[: options.columns]
-        shard = ctx.passes(weight, tuple(hidden), rows, options, ctx.kept)
-        shard.add_gradients(ctx.stats, ctx.student_mean, ce_weight, kl_weight, grad_hidden, own_columns)
+        inputs = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            gradients = _backward(ctx, grad_loss, *inputs)
+        if torch.is_grad_enabled():
+            # create_graph=True: a second derivative may follow, which would be zero if these were constants.
+            gradients = [g if g is None else _NoSecondDerivative.apply(g, grad_loss, *inputs) for g in gradients]
+        return *gradients, None, None, None, None
 
-        if grad_weight is not None and grad_weight is options.main_grad:
-            grad_weight = weight.new_zeros(()).expand_as(weight)  # zeros fire the hooks of weight
-        elif grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_weight, *grad_hidden, None, None, None, None
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"distillation_head has no forward-mode derivative; {_INSTEAD}")
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient as it is; whoever differentiates it again is told that it cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f"distillation_head has no second derivative; {_INSTEAD}")
+
+
+def _forward(
+    ctx: Any,
+    weight: Tensor,
+    hidden: Groups,
+    rows: RowData,
+    options: HeadOptions,
+    passes: type[Passes],
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = Codes()
+    shard = passes(weight, hidden, rows, options, kept)
+    stats = merge_statistics(gather_shards(shard.statistics(training), options.tp_group), options.temperature)
+    # A weighted label that no shard owns lies outside the vocabulary. NaN stops the step, where reading the labels
+    # back to raise an error would make every step wait for the device.
+    lost = (rows.ce_weight != 0) & (stats.label_logit == -torch.inf)
+    ce_weight = rows.ce_weight.masked_fill(lost, torch.nan)
+    divergence, student_mean = divergences(stats, len(hidden[0]), options, shard.jsd_sums)
+
+    cross_entropy = weighted(ce_weight, stats.sum_exp.log() + (stats.max - stats.label_logit))
+    by_group = cross_entropy.split([len(h) for h in hidden])
+    terms = [part.sum() for part in by_group]
+    terms.append(weighted(rows.kl_weight, options.temperature**2 * divergence).sum())
+    values = torch.stack(terms)
+    ctx.save_for_backward(weight, *hidden)
+    ctx.rows, ctx.options, ctx.passes, ctx.stats, ctx.kept = rows, options, passes, stats, kept
+    ctx.ce_weight, ctx.student_mean = ce_weight, student_mean
+    row_values = by_group[2].clone()
+    ctx.mark_non_differentiable(values, row_values)
+    return values.sum(), values, row_values
+
+
+def _backward(ctx: Any, grad_loss: Tensor, weight: Tensor, *hidden: Tensor) -> list[Tensor | None]:
+    """Gradients of ``weight`` and of the three groups of hidden rows; None where none is wanted."""
+    rows, options = ctx.rows, ctx.options
+    ce_weight, kl_weight = ctx.ce_weight * grad_loss, rows.kl_weight * grad_loss
+    needs_weight, *needs_hidden = ctx.needs_input_grad[:4]
+    grad_hidden = [torch.zeros_like(h) if need else None for h, need in zip(hidden, needs_hidden, strict=True)]
+    grad_weight = options.main_grad if needs_weight else None
+    if needs_weight and grad_weight is None:
+        grad_weight = torch.zeros_like(weight, dtype=ce_weight.dtype)
+    own_columns = None if grad_weight is None else grad_weight[: options.columns]
+    shard = ctx.passes(weight, hidden, rows, options, ctx.kept)
+    shard.add_gradients(ctx.stats, ctx.student_mean, ce_weight, kl_weight, grad_hidden, own_columns)
+
+    if grad_weight is not None and grad_weight is options.main_grad:
+        grad_weight = weight.new_zeros(()).expand_as(weight)  # zeros fire the hooks of weight
+    elif grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    return [grad_weight, *grad_hidden]

@@ -119,13 +119,16 @@ def distillation_head(
 
         A row with NaN or infinite values makes the loss, the gradient of ``weight`` and its own hidden gradient NaN,
         and leaves the gradients of other pairs and rows alone. Rows of weight zero are skipped exactly. Results
-        are the same to the bit from run to run.
+        are the same to the bit from run to run, and under ``torch.autocast``, which is switched off inside. Compiled
+        code around the call (``torch.compile``) computes the same within rounding.
 
     Raises:
         ValueError: on shapes, types, devices or options that do not fit, on a ``triton`` that cannot run, and on labels
             outside the vocabulary.
             On an accelerator labels are not read back, which would wait for the device at each call: there a label
             outside the vocabulary makes the loss and the row's gradient NaN, provided that the row's weight is not 0.
+        RuntimeError: under a transform of ``torch.func``, and when a gradient is differentiated again.
+        NotImplementedError: in forward mode.
     """
     _check_options(divergence, jsd_beta, temperature, backend)
     _check_weight(weight, main_grad)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflectron.engine.config import Config, ParallelConfig
+from reflectron.engine.job_lock import LOCK_NAME, JobLock, inherited_lock, lock_folder
 from reflectron.engine.parallel.launch import resolve_environment, spawn_local
+from reflectron.engine.text import printable
 
 if TYPE_CHECKING:
     from reflectron.engine.parallel.process_groups import ParallelGroups
@@ -18,6 +21,23 @@ if TYPE_CHECKING:
 
 RankBody = Callable[[Config, "RunInputs", "ParallelGroups"], int]
 NothingToDo = Callable[[Config, "RunInputs"], str | None]
+
+
+@contextmanager
+def only_job(config: Config) -> Iterator[JobLock | None]:
+    """Hold the lock of ``output_dir``: in the command that starts ranks, and in rank 0; None in the other ranks.
+
+    Raises:
+        ValueError: when another job holds it.
+    """
+    place = resolve_environment(os.environ)
+    if place is not None and place.rank > 0:
+        yield None
+        return
+    folder = Path(config.output_dir)
+    with inherited_lock(folder / LOCK_NAME) or lock_folder(folder, "output_dir") as lock:
+        os.environ.update(lock.variables())
+        yield lock
 
 
 def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do: NothingToDo | None = None) -> int:
@@ -43,7 +63,9 @@ def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do
         if config.model.path:
             from reflectron.engine.checkpoint.dist_source import open_weights
 
-            open_weights(config.model.path, inputs.model.arch).open_all()
+            original = replace(inputs.model.arch, vocab_size=inputs.model.original_vocab_size)
+            open_weights(config.model.path, original).open_all()
+        _print_notes(inputs)
         for store in (inputs.train, inputs.validation):
             for summary in store.summaries if store is not None else ():
                 print(summary, flush=True)
@@ -54,9 +76,14 @@ def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do
         return _start_ranks(config, words)
     os.environ.update(place.variables())
     if place.rank == 0:
-        prepare(config, progress=sys.stderr.isatty())
+        _print_notes(prepare(config, progress=sys.stderr.isatty()))
 
     return _run_rank(config, body, nothing_to_do)
+
+
+def _print_notes(inputs: RunInputs) -> None:
+    for note in inputs.model.notes:
+        print(printable(note, 1000), flush=True)
 
 
 def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None) -> int:

@@ -18,16 +18,36 @@ from reflectron.engine.checkpoint.dist_metadata import METADATA_FILE, check_whol
 from reflectron.engine.checkpoint.dist_reader import DistReader
 from reflectron.engine.checkpoint.hf_table import CheckpointTensor, checkpoint_tensors
 from reflectron.engine.checkpoint.sources import SafetensorsSource
+from reflectron.engine.checkpoint.tensor_names import check_names, check_tied_output, expected_names, listed
 from reflectron.engine.model.families import Architecture
+
+ADAPTER_FILE = "adapter_config.json"
+# Keys of the model's own parameters, beside those of the optimizer and of the run.
+_PARAMETERS = ("decoder.", "embedding.", "output_layer.")
 
 
 def open_weights(folder: str | Path, arch: Architecture) -> SafetensorsSource | DistSource:
     """The weights in ``folder``, in either format; ``arch`` is their architecture.
 
     Raises:
-        ValueError: when it holds none.
+        ValueError: when it holds none, or others than those of ``arch``.
     """
-    return DistSource(folder, arch) if (Path(folder) / METADATA_FILE).exists() else SafetensorsSource(folder)
+    if (Path(folder) / ADAPTER_FILE).exists():
+        raise ValueError(
+            f"{folder} holds an adapter ({ADAPTER_FILE}), which transformers would load on top of the weights; "
+            "merge the two (peft's merge_and_unload) or remove it"
+        )
+    if (Path(folder) / METADATA_FILE).exists():
+        source = DistSource(folder, arch)
+        source.check_names()
+        return source
+    weights = SafetensorsSource(folder)
+    names = weights.names()
+    check_names(names, arch, folder)
+    for name in expected_names(arch):
+        weights.dtype(name)
+    check_tied_output(weights, arch, names, folder)
+    return weights
 
 
 class DistSource:
@@ -57,6 +77,24 @@ class DistSource:
         for name in sorted({place.relative_path for place in self._metadata.storage_data.values()}):
             if not (self.folder / name).is_file():
                 raise ValueError(f"{self.folder / name} is missing; copy the whole folder again")
+
+    def check_names(self) -> None:
+        """See that there is no parameter that the architecture does not have; those missing are found when read.
+
+        Raises:
+            ValueError: naming them.
+        """
+        known = {tensor.key for tensor, _ in self._places.values()}
+        unread = [
+            key
+            for key in sorted(self._metadata.state_dict_metadata)
+            if key.startswith(_PARAMETERS) and key not in known and not key.partition("/")[0].endswith("._extra_state")
+        ]
+        if unread:
+            raise ValueError(
+                f"{self.folder} holds {len(unread)} tensors that its architecture does not compute with: "
+                f"{listed(unread)}; expected none: it holds another architecture"
+            )
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the tensor with this Hugging Face name."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from reflectron.engine.model.families import Architecture
+from reflectron.engine.data.tokenizer import Tokenizer
+from reflectron.engine.model.config_keys import class_name
+from reflectron.engine.model.rope import attention_factor
 from reflectron.engine.preparation import ModelInputs
-
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def write_description(folder: Path, inputs: ModelInputs, dtype: torch.dtype) -> None:
@@ -25,33 +25,53 @@ def write_description(folder: Path, inputs: ModelInputs, dtype: torch.dtype) -> 
         dtype: of its weights.
     """
     inputs.tokenizer.save(folder)
-    _write_json(folder / "config.json", export_config(inputs.hf_config, inputs.arch, dtype))
-    _write_json(folder / "generation_config.json", _generation_config(inputs))
+    _write_json(folder / "config.json", export_config(inputs, dtype))
+    _write_json(folder / "generation_config.json", _generation_config(inputs.tokenizer))
 
 
-def export_config(hf_config: dict[str, Any], arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` of the trained model: the original's, with the new vocabulary, type and class."""
-    exported = {key: value for key, value in hf_config.items() if key not in ("_name_or_path", "torch_dtype", "dtype")}
-    name = str(dtype).removeprefix("torch.")
-    return exported | {
-        "architectures": [_CLASSES[arch.family]],
+# Written anew from the architecture, so that no reader falls back on a default of its own release.
+_REPLACED = ("_name_or_path", "original_max_position_embeddings", "partial_rotary_factor", "hidden_act")
+
+
+def export_config(inputs: ModelInputs, dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json`` of the trained model, which means the same to transformers 4.48 to 5 and to vLLM.
+
+    It is the original's with the new vocabulary, type and class. What the releases spell or default differently stands
+    there in each of their ways.
+    """
+    arch, name = inputs.arch, str(dtype).removeprefix("torch.")
+    exported = {key: value for key, value in inputs.hf_config.items() if key not in _REPLACED}
+    exported |= {
+        "architectures": [class_name(arch.family)],
         "vocab_size": arch.vocab_size,
+        "num_key_value_heads": arch.num_query_groups,
+        "rms_norm_eps": arch.layernorm_epsilon,
+        "tie_word_embeddings": arch.tied_embeddings,
+        "hidden_act": "silu",
         "torch_dtype": name,
+        "dtype": name,
+        **arch.rope.to_hf(attention_factor(arch.rope)),
+        **_token_ids(inputs.tokenizer),
     }
+    if arch.head_dim * arch.num_attention_heads != arch.hidden_size or exported.get("head_dim") is not None:
+        exported["head_dim"] = arch.head_dim
+    else:
+        exported.pop("head_dim", None)
+    return exported
 
 
-def _generation_config(inputs: ModelInputs) -> dict[str, Any]:
-    tokenizer = inputs.tokenizer
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {**_token_ids(tokenizer), "do_sample": False}
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """BOS, padding and all that ends an answer, alike in both files."""
     # An answer ends with its message; EOS only follows the last one of a conversation.
     stops = [tokenizer.eos_id]
     if "<|endofmessage|>" in tokenizer.tag_ids:
         stops.append(tokenizer.tag_ids["<|endofmessage|>"])
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": stops,
-        "pad_token_id": tokenizer.eos_id,
-        "do_sample": False,
-    }
+    eos = stops if len(stops) > 1 else stops[0]
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

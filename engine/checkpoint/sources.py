@@ -16,8 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from reflectron.engine.checkpoint.hf_table import EMBEDDING, OUTPUT_LAYER
+from reflectron.engine.text import printable
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ROWS_AT_A_TIME = 4096
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 class TensorSource(Protocol):
@@ -43,18 +46,40 @@ class SafetensorsSource:
         self._file_of = self._read_index()
 
     def _read_index(self) -> dict[str, str]:
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if index.exists():
-            try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise _unreadable(index, error) from None
-        if single.exists():
-            return dict.fromkeys(self._open(single.name).keys(), single.name)
-        raise ValueError(
-            f"{self.folder} has no model.safetensors and no model.safetensors.index.json; other formats become "
-            f"safetensors by transformers' save_pretrained"
-        )
+        index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
+        if not index.exists() and not single.exists():
+            raise ValueError(
+                f"{self.folder} has no {SINGLE_FILE} and no {INDEX_FILE}; other formats become "
+                f"safetensors by transformers' save_pretrained"
+            )
+        file_of = _weight_map(index) if index.exists() else {}
+        if file_of and single.exists() and set(file_of.values()) != {single.name}:
+            # transformers takes the single file, vLLM the index.
+            raise ValueError(
+                f"{self.folder} holds weights twice, in {SINGLE_FILE} and in the files of {INDEX_FILE}, and programs "
+                "differ in which they load; remove one of the two"
+            )
+        return file_of or dict.fromkeys(self._open(single.name).keys(), single.name)
+
+    def names(self) -> list[str]:
+        """Of every tensor that transformers would load: those of all files that the index names.
+
+        Raises:
+            ValueError: when a file is missing or damaged, or the index and the files disagree.
+        """
+        found: dict[str, str] = {}
+        for file in sorted(set(self._file_of.values())):
+            for name in self._open(file).keys():
+                if name in found:
+                    raise ValueError(f"{self.folder}: {printable(name, 100)} is in {found[name]} and in {file}")
+                found[name] = file
+        for name, file in self._file_of.items():
+            if found.get(name) != file:
+                raise ValueError(
+                    f"{self.folder / INDEX_FILE}: {printable(name, 100)} is not in {printable(file, 100)}; "
+                    "the index belongs to other files: download or copy the folder again"
+                )
+        return list(found)
 
     def open_all(self) -> None:
         """Open every file, so that a missing or truncated one is found before training.
@@ -107,6 +132,20 @@ class SafetensorsSource:
         return tensor[(slice(None),) * dim + (slice(min(start, found[dim]), min(stop, found[dim])),)]
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which tensor is in which file beside ``index``."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(index, error) from None
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index}: {printable(name, 100)} is in {file!r}, expected the name of a file beside it")
+    if not weight_map:
+        raise ValueError(f"{index}: weight_map is empty, expected the files of the tensors")
+    return weight_map
+
+
 def _unreadable(file: Path, error: Exception) -> ValueError:
     return ValueError(f"{file} cannot be read: {error}; download or copy it again")
 
@@ -141,19 +180,24 @@ class RandomSource:
 
 
 class WithAddedTokens:
-    """A source whose vocabulary grew: each new token's embedding is the mean of its sub-tokens' (the reference's rule).
+    """A source whose vocabulary grew, input and output rows alike.
+
+    The embedding of each new tag is the mean of its sub-tokens' (the reference's rule). Any other new row is the mean
+    of all old ones, around which ``resize_token_embeddings`` of transformers 4.46 and later draws it, with 1e-9 times
+    their covariance.
 
     Args:
         source: the checkpoint before the addition.
         vocab_size: its rows.
-        sub_tokens: id of each new token -> ids that spelt it before.
+        sub_tokens: id of each new tag -> ids that spelt it before.
     """
 
     def __init__(self, source: TensorSource, vocab_size: int, sub_tokens: Mapping[int, Sequence[int]]) -> None:
         self.source, self.vocab_size, self.sub_tokens = source, vocab_size, sub_tokens
+        self._mean_of: dict[str, torch.Tensor] = {}
 
     def read(self, name: str, shape: tuple[int, ...], dim: int | None, start: int, stop: int) -> torch.Tensor:
-        """See ``TensorSource``; rows past the old vocabulary that are no new token are zero."""
+        """See ``TensorSource``."""
         if name not in (EMBEDDING, OUTPUT_LAYER):
             return self.source.read(name, shape, dim, start, stop)
         assert dim == 0, "embeddings are read by rows"
@@ -162,8 +206,27 @@ class WithAddedTokens:
         known = self.source.read(name, old_shape, 0, min(start, self.vocab_size), min(stop, self.vocab_size))
         rows = known.new_zeros(max(stop - start, 0), *shape[1:])
         rows[: len(known)] = known
+        for token in range(max(start, self.vocab_size), stop):
+            if token not in self.sub_tokens:
+                rows[token - start] = self._mean(name, old_shape)
         for token, spelling in self.sub_tokens.items():
             if start <= token < stop:
-                parts = [self.source.read(name, old_shape, 0, part, part + 1) for part in spelling]
+                parts = [self._old_row(name, old_shape, part) for part in spelling]
                 rows[token - start] = torch.cat(parts).mean(dim=0)
         return rows
+
+    def _old_row(self, name: str, old_shape: tuple[int, ...], token: int) -> torch.Tensor:
+        """[1, H]; a sub-token may itself be new."""
+        if token >= self.vocab_size:
+            return self._mean(name, old_shape)[None]
+        return self.source.read(name, old_shape, 0, token, token + 1)
+
+    def _mean(self, name: str, old_shape: tuple[int, ...]) -> torch.Tensor:
+        """[H] mean of all old rows in their type; the same on every rank, whichever rows it holds."""
+        if name not in self._mean_of:
+            total = torch.zeros(old_shape[1:], dtype=torch.float64)
+            for start in range(0, self.vocab_size, _ROWS_AT_A_TIME):
+                rows = self.source.read(name, old_shape, 0, start, start + _ROWS_AT_A_TIME)
+                total += rows.to("cpu", torch.float64).sum(dim=0)
+            self._mean_of[name] = (total / self.vocab_size).to(rows)
+        return self._mean_of[name]

@@ -70,6 +70,8 @@ class TrainingState:
         """
         if self._is_distributed:
             gather_parameters(self._part.model_chunks)
+        if not loading:
+            self._begin_optimizer()
         metadata = CONTENT | {"dp_cp_group": self.groups.replicas}
         model = {
             _key(index): _without_states_of_norms(chunk.sharded_state_dict(metadata=metadata))
@@ -130,10 +132,23 @@ class TrainingState:
             self._part.init_state_fn(inner, self._part.config)
         return inner
 
+    def _begin_optimizer(self) -> None:
+        """Give an optimizer that has not made an update yet the state from which its first one starts.
+
+        So the steps so far may all have been skipped.
+        """
+        parts = self._torch_optimizers()
+        if not any(part.state[p] for part in parts for group in part.param_groups for p in group["params"]):
+            self._initialize()
+            self._set_step(0)
+
+    def _torch_optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        inner = self._part.optimizer
+        return inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner]
+
     def _set_step(self, step: int) -> None:
         """Give every parameter a count of its own: torch's AdamW counts in place, so that a shared one counts twice."""
-        inner = self._part.optimizer
-        for optimizer in inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner]:
+        for optimizer in self._torch_optimizers():
             if isinstance(optimizer, Adafactor):
                 for state in optimizer.state.values():
                     state["step"] = step

@@ -8,11 +8,14 @@ refused by its key.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from reflectron.engine.config import ParallelConfig
+from reflectron.engine.model.config_keys import check_keys
+from reflectron.engine.model.rope_parameters import RopeParameters
 
 Family = Literal["llama", "qwen2", "qwen3"]
 
@@ -23,69 +26,10 @@ CHECKPOINT_NAMES = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 
-# Numbers that each type of rotary scaling cannot do without.
-_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
-
-# Values under which a key has no effect; any other value of it is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": (None, "silu"),
-    "mlp_bias": (None, False),
-    "attention_dropout": (None, 0, 0.0),
-    "use_sliding_window": (None, False),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "quantization_config": (None,),
-    "num_experts": (None, 0),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeParameters:
-    """Rotary position embedding of a Hugging Face model."""
-
-    theta: float
-    """Base of the frequencies."""
-    rope_type: str
-    """default, linear, llama3 or yarn."""
-    scaling: dict[str, Any]
-    """The remaining keys of ``rope_scaling``; llama3 and yarn have ``original_max_position_embeddings`` in any case."""
-    max_position_embeddings: int
-    """Longest context of the model."""
-
-    @staticmethod
-    def from_hf(hf_config: dict[str, Any], source: str) -> RopeParameters:
-        """Read ``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` of transformers 5.
-
-        Raises:
-            ValueError: naming the key, for an unknown type, a missing number or a rotation of another kind.
-        """
-        key = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
-        scaling = dict(hf_config.get(key) or {})
-        old_type = scaling.pop("type", None)
-        rope_type = scaling.pop("rope_type", None) or old_type or "default"
-        if rope_type not in _ROPE_NUMBERS:
-            *names, last = map(repr, _ROPE_NUMBERS)
-            raise ValueError(
-                f"{source}: {key}.rope_type is {rope_type!r}, which is not supported; "
-                f"expected {', '.join(names)} or {last}"
-            )
-        for name in _ROPE_NUMBERS[rope_type]:
-            if not isinstance(scaling.get(name), (int, float)):
-                raise ValueError(f"{source}: {key}.{name} is {scaling.get(name)!r}, expected a number")
-        for name, value in scaling.items():
-            # transformers 5 keeps the rotated share of a head here, and rotations that differ by the kind of layer.
-            if isinstance(value, dict) or (name == "partial_rotary_factor" and value not in (None, 1)):
-                raise ValueError(f"{source}: {key}.{name} is {value!r}, which is not supported; expected no such key")
-        theta = scaling.pop("rope_theta", None) or hf_config.get("rope_theta") or 10000.0
-        context = int(hf_config.get("max_position_embeddings", 2048))
-        if rope_type in ("llama3", "yarn"):
-            original = scaling.get("original_max_position_embeddings")
-            scaling["original_max_position_embeddings"] = original or context
-        return RopeParameters(theta=float(theta), rope_type=rope_type, scaling=scaling, max_position_embeddings=context)
+# What transformers takes for a key that is not there.
+_DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+_DEFAULT_KEY_VALUE_HEADS = {"llama": None, "qwen2": 32, "qwen3": 32}
+_DEFAULT_HEAD_DIM = {"llama": None, "qwen2": None, "qwen3": 128}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,37 +94,78 @@ def parse_architecture(hf_config: dict[str, Any], source: str = "config.json") -
     family = hf_config.get("model_type")
     if family not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"{source}: model_type is {family!r}, expected 'llama', 'qwen2' or 'qwen3'")
-    for key, neutral in _NEUTRAL.items():
-        if hf_config.get(key) not in neutral:
-            expected = " or ".join(json.dumps(value) for value in neutral)
-            raise ValueError(f"{source}: {key} is {hf_config[key]!r}, which is not supported; expected {expected}")
-    if family != "qwen2" and hf_config.get("attention_bias"):
-        # Llama's and Qwen3's attention_bias adds one to o_proj as well, which no published checkpoint uses.
-        raise ValueError(f"{source}: attention_bias is True, which is not supported for {family}; expected false")
-
-    def number(key: str, default: Any = None) -> Any:
-        value = hf_config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{source}: {key} is {value!r}, expected a number")
-        return value
-
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    check_keys(hf_config, family, source)
+    keys = _Keys(hf_config, source)
+    heads, hidden = keys.integer("num_attention_heads"), keys.integer("hidden_size")
+    groups = keys.optional_integer("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS[family]) or heads
+    if heads % groups:
+        raise ValueError(
+            f"{source}: num_key_value_heads is {groups}, expected a divisor of num_attention_heads ({heads})"
+        )
     return Architecture(
         family=family,
-        num_layers=number("num_hidden_layers"),
+        num_layers=keys.integer("num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=number("intermediate_size"),
+        ffn_hidden_size=keys.integer("intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=number("num_key_value_heads") if hf_config.get("num_key_value_heads") else heads,
-        head_dim=number("head_dim") if hf_config.get("head_dim") else (128 if family == "qwen3" else hidden // heads),
-        vocab_size=number("vocab_size"),
-        layernorm_epsilon=number("rms_norm_eps", 1e-6),
-        initializer_range=number("initializer_range", 0.02),
-        rope=RopeParameters.from_hf(hf_config, source),
+        num_query_groups=groups,
+        head_dim=_head_dim(keys, family, hidden, heads),
+        vocab_size=keys.integer("vocab_size"),
+        layernorm_epsilon=keys.number("rms_norm_eps", 1e-6),
+        initializer_range=keys.number("initializer_range", 0.02),
+        rope=RopeParameters.from_hf(hf_config, source, _DEFAULT_POSITIONS[family]),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+        tied_embeddings=keys.flag("tie_word_embeddings"),
     )
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Values of ``config.json`` by their kind."""
+
+    hf_config: dict[str, Any]
+    source: str
+
+    def integer(self, key: str) -> int:
+        value = self.optional_integer(key, None)
+        if value is None:
+            raise ValueError(f"{self.source}: {key} is None, expected a whole number of at least 1")
+        return value
+
+    def optional_integer(self, key: str, default: int | None) -> int | None:
+        value = self.hf_config.get(key, default)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{self.source}: {key} is {value!r}, expected a whole number of at least 1")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.hf_config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{self.source}: {key} is {value!r}, expected a number of at least 0")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.hf_config.get(key, False)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.source}: {key} is {value!r}, expected true or false")
+        return value
+
+
+def _head_dim(keys: _Keys, family: Family, hidden: int, heads: int) -> int:
+    width = keys.optional_integer("head_dim", _DEFAULT_HEAD_DIM[family])
+    if width is None:
+        if hidden % heads:
+            raise ValueError(
+                f"{keys.source}: hidden_size is {hidden}, expected a multiple of num_attention_heads ({heads}), "
+                "or a head_dim"
+            )
+        width = hidden // heads
+    if width % 2:
+        raise ValueError(
+            f"{keys.source}: the width of a head is {width}, expected an even number, since pairs are rotated"
+        )
+    return width
 
 
 def layers_per_stage(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from reflectron.engine.model.families import RopeParameters
+from reflectron.engine.model.rope_parameters import RopeParameters
 
 
 def inverse_frequencies(rope: RopeParameters, head_dim: int) -> torch.Tensor:

@@ -19,7 +19,9 @@ class AddmmExtension:
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         """main_grad += grad_output^T inputs, summed in float32: [out, in] += [tokens, out]^T [tokens, in]."""
-        add_product(main_grad, as_factor(grad_output).t(), as_factor(inputs))
+        # Autocast would round the factors, and the sum with them.
+        with torch.autocast(main_grad.device.type, enabled=False):
+            add_product(main_grad, as_factor(grad_output).t(), as_factor(inputs))
 
 
 def use_weight_gradient(name: str) -> None:

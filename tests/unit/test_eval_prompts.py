@@ -8,8 +8,6 @@ from reflectron.tools.eval.problems import Problem
 from reflectron.tools.eval.prompts import (
     STYLES,
     Style,
-    definitions,
-    first_fence,
     make_ask,
     reflection_code,
     render,
@@ -84,19 +82,6 @@ def test_reflection_code(raw: str, code: str) -> None:
     assert reflection_code(raw) == code
 
 
-def test_first_fence() -> None:
-    assert first_fence("a\n```python\nx\n```\n```python\ny\n```") == "x\n"
-    assert first_fence("a\n```py\nx\n```") == "x\n"
-    assert first_fence("```python\ncut off") == "cut off"
-    assert first_fence("x") == "x"
-
-
-def test_definitions_leave_examples_out() -> None:
-    code = "import os\nN = 1\n@wrap\ndef f():\n    return N\n\nprint(f())\nassert f()\nclass C: pass\n"
-    assert definitions(code) == "import os\nN = 1\n@wrap\ndef f():\n    return N\nclass C: pass\n"
-    assert definitions("no python!") == "no python!"
-
-
 def test_solutions_of_python() -> None:
     fenced = "  return a + b\n```\nDone."
     assert solution("magicoder", "humaneval", HUMANEVAL, f"\n  {fenced}") == HUMANEVAL.prompt + "\n    return a + b\n"
@@ -120,4 +105,6 @@ def test_solutions_of_other_languages() -> None:
     )
     assert solution("completion", "multipl-e", js, "  x\n}\nfunction g() {}") == "f(a) {\n  x\n}"
     cpp = multipl_e("cpp", ["\n}"])
+    chat = "<think>```js\nwrong\n}\n```</think>\nRun:\n```bash\nnode x\n```\n``` javascript\nf(a) {\n  x\n}\n```\nDone."
+    assert solution("chat", "multipl-e", js, chat) == "f(a) {\n  x\n}"
     assert solution("reflection", "multipl-e", cpp, "  x;\n}\nint main() {\n}\n```") == "f(a) {\n  x;"

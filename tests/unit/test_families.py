@@ -11,13 +11,13 @@ import pytest
 from reflectron.engine.config import ParallelConfig
 from reflectron.engine.model.families import (
     Architecture,
-    RopeParameters,
     check_parallel,
     layers_per_stage,
     padded_vocab_size,
     parse_architecture,
     read_hf_config,
 )
+from reflectron.engine.model.rope_parameters import RopeParameters
 
 CODELLAMA_7B: dict[str, Any] = {
     "_name_or_path": "CodeLlama-7b-hf",
@@ -240,6 +240,35 @@ def test_keys_left_out_have_transformers_defaults() -> None:
     assert parse_architecture(QWEN3_8B | {"head_dim": None}).head_dim == 128
 
 
+def test_the_families_have_defaults_of_their_own() -> None:
+    left_out = ("num_key_value_heads", "max_position_embeddings", "head_dim")
+    llama, qwen2, qwen3 = (
+        parse_architecture(
+            {key: value for key, value in hf_config.items() if key not in left_out}
+            | {"num_attention_heads": 64, "hidden_size": 4096}
+        )
+        for hf_config in (CODELLAMA_7B, QWEN25_CODER_7B, QWEN3_8B)
+    )
+    assert [a.num_query_groups for a in (llama, qwen2, qwen3)] == [64, 32, 32]
+    assert [a.head_dim for a in (llama, qwen2, qwen3)] == [64, 64, 128]
+    assert [a.rope.positions for a in (llama, qwen2, qwen3)] == [2048, 32768, 32768]
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"pretraining_tp": 2},
+        {"use_cache": False, "unsloth_version": "2024.9", "_attn_implementation": "sdpa"},
+        {"attention_bias": False, "mlp_bias": None, "residual_multiplier": 1.0, "num_local_experts": 0},
+        {"architectures": ["LLaMAForCausalLM"], "hidden_act": "swish"},
+        {"layer_types": ["full_attention"] * 32},
+        {"use_mrope": False, "max_window_layers": 28},
+    ],
+)
+def test_keys_without_effect_are_accepted(harmless: dict[str, Any]) -> None:
+    assert parse_architecture(CODELLAMA_7B | harmless) == PUBLISHED["CodeLlama-7B"][1]
+
+
 def test_a_head_need_not_be_a_share_of_the_hidden_size() -> None:
     assert parse_architecture(QWEN3_8B | {"hidden_size": 1024, "num_attention_heads": 16}).head_dim == 128
 
@@ -252,7 +281,7 @@ def test_a_head_need_not_be_a_share_of_the_hidden_size() -> None:
         (
             CODELLAMA_7B,
             {"hidden_act": "gelu"},
-            "hidden_act is 'gelu', which is not supported; expected null or \"silu\"",
+            'hidden_act is \'gelu\', which is not supported; expected null or "silu" or "swish"',
         ),
         (CODELLAMA_7B, {"mlp_bias": True}, "mlp_bias is True, which is not supported; expected null or false"),
         (
@@ -281,9 +310,52 @@ def test_a_head_need_not_be_a_share_of_the_hidden_size() -> None:
             "rope_scaling.rope_type is 'dynamic', which is not supported; "
             "expected 'default', 'linear', 'llama3' or 'yarn'",
         ),
-        (CODELLAMA_7B, {"num_hidden_layers": None}, "num_hidden_layers is None, expected a number"),
-        (CODELLAMA_7B, {"vocab_size": "32k"}, "vocab_size is '32k', expected a number"),
-        (CODELLAMA_7B, {"hidden_size": True}, "hidden_size is True, expected a number"),
+        (CODELLAMA_7B, {"num_hidden_layers": None}, "num_hidden_layers is None, expected a whole number of at least 1"),
+        (CODELLAMA_7B, {"vocab_size": "32k"}, "vocab_size is '32k', expected a whole number of at least 1"),
+        (CODELLAMA_7B, {"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0, expected a whole number of at least 1"),
+        (
+            CODELLAMA_7B,
+            {"num_key_value_heads": 5},
+            "num_key_value_heads is 5, expected a divisor of num_attention_heads (32)",
+        ),
+        (
+            CODELLAMA_7B,
+            {"hidden_size": 4000, "num_attention_heads": 30, "num_key_value_heads": 30},
+            "hidden_size is 4000, expected a multiple of num_attention_heads (30), or a head_dim",
+        ),
+        (CODELLAMA_7B, {"head_dim": 33}, "the width of a head is 33, expected an even number, since pairs are rotated"),
+        (CODELLAMA_7B, {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+        (CODELLAMA_7B, {"rms_norm_eps": None}, "rms_norm_eps is None, expected a number of at least 0"),
+        (CODELLAMA_7B, {"is_causal": False}, "is_causal is False, which is not supported; expected null or true"),
+        (
+            CODELLAMA_7B,
+            {"max_position_embeddings": 0},
+            "max_position_embeddings is 0, expected a whole number of at least 1",
+        ),
+        (
+            QWEN25_CODER_7B,
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types[1] is 'sliding_attention', which is not supported; expected 'full_attention'",
+        ),
+        (
+            CODELLAMA_7B,
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "architectures is ['LlamaForSequenceClassification'], which is not supported for model_type 'llama'; "
+            "expected ['LlamaForCausalLM']",
+        ),
+        (
+            CODELLAMA_7B,
+            {"sliding_window": 4096},
+            "sliding_window is 4096, which is no key of llama and may change what the model computes; "
+            "expected no such key (remove it if it has no effect)",
+        ),
+        (
+            QWEN3_8B,
+            {"final_logit_softcapping": 30.0},
+            "final_logit_softcapping is 30.0, which is no key of qwen3 and may change what the model computes; "
+            "expected no such key (remove it if it has no effect)",
+        ),
+        (CODELLAMA_7B, {"hidden_size": True}, "hidden_size is True, expected a whole number of at least 1"),
     ],
 )
 def test_refusals_name_the_key(hf_config: dict[str, Any], change: dict[str, Any], message: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from reflectron.engine.model.families import RopeParameters
 from reflectron.engine.model.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
+from reflectron.engine.model.rope_parameters import RopeParameters
 
 HEAD_DIM = 128
 
@@ -98,16 +98,87 @@ def test_frequencies_are_transformers(case: str, spelling: str) -> None:
     assert attention_factor(ours) == theirs.attention_scaling
 
 
-def test_old_spelling_wins_over_the_new_as_in_transformers() -> None:
-    rope = RopeParameters.from_hf(
-        {
-            "rope_theta": 1e5,
-            "rope_scaling": {"type": "linear", "factor": 4.0},
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        "config.json",
-    )
-    assert (rope.rope_type, rope.theta, rope.scaling) == ("linear", 1e5, {"factor": 4.0})
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("scaling", [YARN, LLAMA3], ids=["yarn", "llama3"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_the_original_context_may_stand_outside_the_scaling(key: str, scaling: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    hf_config: dict[str, Any] = {
+        "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 1024,
+        "rope_theta": 1e4,
+        key: scaling,
+    }
+    ours = RopeParameters.from_hf(hf_config, "config.json")
+    sizes = {"hidden_size": 4 * HEAD_DIM, "num_attention_heads": 4}
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(hf_config | sizes | {key: dict(scaling)}))
+    assert torch.equal(inverse_frequencies(ours, HEAD_DIM), theirs.inv_freq)
+    assert attention_factor(ours) == theirs.attention_scaling
+
+
+def test_both_spellings_are_one_when_they_agree() -> None:
+    inside = {**YARN, "original_max_position_embeddings": 32768}
+    hf_config = {
+        "rope_theta": 1e6,
+        "rope_scaling": {**inside, "type": "yarn"},
+        "rope_parameters": {**inside, "rope_theta": 1e6, "beta_fast": None},
+        "original_max_position_embeddings": 32768,
+        "partial_rotary_factor": 1.0,
+    }
+    rope = RopeParameters.from_hf(hf_config, "config.json")
+    assert (rope.rope_type, rope.theta, rope.positions) == ("yarn", 1e6, 131072)
+    assert rope.scaling == {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "message"),
+    [
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "rope_scaling": {"type": "yarn", "factor": 4},
+            },
+            "rope_scaling gives rope_type 'yarn' and rope_parameters 'default', which contradict each other; "
+            "put all rotary keys, rope_theta among them, into rope_parameters and remove rope_scaling",
+        ),
+        (
+            {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": YARN},
+            "rope_scaling gives rope_theta 10000.0 and rope_parameters 1000000.0, which contradict each other; "
+            "put all rotary keys, rope_theta among them, into rope_parameters and remove rope_scaling",
+        ),
+        (
+            {"rope_parameters": {**YARN, "beta_fast": 24}, "rope_scaling": YARN},
+            "rope_scaling gives beta_fast None and rope_parameters 24, which contradict each other; "
+            "put all rotary keys, rope_theta among them, into rope_parameters and remove rope_scaling",
+        ),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_theta is 10000.0 and rope_parameters.rope_theta 1000000.0, which contradict each other; "
+            "keep the one that the model was trained with",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 4}},
+            "rope_scaling.rope_type is 'linear' and rope_scaling.type 'yarn', which contradict each other; keep one",
+        ),
+        (
+            {
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {**YARN, "original_max_position_embeddings": 8192},
+            },
+            "original_max_position_embeddings is 4096 and rope_scaling.original_max_position_embeddings 8192, "
+            "which contradict each other; keep the one inside rope_scaling",
+        ),
+    ],
+)
+def test_contradicting_keys_are_refused(hf_config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="contradict") as refusal:
+        RopeParameters.from_hf(hf_config, "here")
+    assert str(refusal.value) == f"here: {message}"
 
 
 def test_theta_beside_rope_parameters() -> None:
@@ -147,18 +218,39 @@ def test_each_token_is_rotated_by_its_own_position_as_in_transformers(dtype: tor
             "rope_parameters.rope_type is 'longrope', which is not supported; "
             "expected 'default', 'linear', 'llama3' or 'yarn'",
         ),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None, expected a number"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None, expected a number above 0"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
-            "rope_parameters.low_freq_factor is None, expected a number",
+            "rope_parameters.low_freq_factor is None, expected a number above 0",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "rope_parameters.partial_rotary_factor is 0.5, which is not supported; expected no such key",
+            "rope_parameters.partial_rotary_factor is 0.5, which is not supported with rope_type 'default'; "
+            "expected no such key",
         ),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            "rope_parameters.full_attention is {'rope_type': 'default'}, which is not supported; expected no such key",
+            "rope_parameters.full_attention is {'rope_type': 'default'}, which is not supported with rope_type "
+            "'default'; expected no such key",
+        ),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "rope_scaling.factor is 4.0, which is not supported with rope_type 'default'; expected no such key",
+        ),
+        ({"rope_scaling": [4.0]}, "rope_scaling is [4.0], expected an object"),
+        ({"rope_theta": 0}, "rope_theta is 0, expected a number above 0"),
+        ({"rope_theta": "1e6"}, "rope_theta is '1e6', expected a number above 0"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": float("inf")}},
+            "rope_scaling.factor is inf, expected a number above 0",
+        ),
+        (
+            {"rope_scaling": {**YARN, "truncate": "no"}},
+            "rope_scaling.truncate is 'no', expected true or false",
+        ),
+        (
+            {"rope_scaling": {**YARN, "truncate": None}},
+            "rope_scaling.truncate is None, expected true or false",
         ),
     ],
 )

@@ -72,10 +72,11 @@ def test_ranges_of_a_random_initialisation() -> None:
 def test_new_tokens_are_means(one_file: Path, start: int) -> None:
     expected = tensors()
     old = expected[EMBEDDING]
-    # Token 6 is a spare row of the file, 8 is a new row, and nobody asked for 7 and 9.
-    expected[EMBEDDING] = torch.cat((old[:6], old[[0, 2]].mean(0)[None], torch.zeros(3, 4)))
+    # Token 6 is a spare row of the file, 8 and 9 are tags, one spelt with a new token, and 7 is no tag.
+    expected[EMBEDDING] = torch.cat((old[:6], old[[0, 2]].mean(0)[None], old.double().mean(0).float().expand(3, 4)))
     expected[EMBEDDING][8] = old[[1, 1, 3]].mean(0)
-    source = WithAddedTokens(SafetensorsSource(one_file), 7, {6: [0, 2], 8: [1, 1, 3]})
+    expected[EMBEDDING][9] = torch.stack((old[1], expected[EMBEDDING][7])).mean(0)
+    source = WithAddedTokens(SafetensorsSource(one_file), 7, {6: [0, 2], 8: [1, 1, 3], 9: [1, 7]})
 
     found = source.read(EMBEDDING, (10, 4), 0, start, start + 5)
     assert torch.equal(found, expected[EMBEDDING][start : start + 5])

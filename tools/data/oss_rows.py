@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from reflectron.engine.data.conversation import BadRecord, parse_record
+from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.schemas import parse_record
+from reflectron.tools.llm.fences import find_fences
 
 _PROBLEM = re.compile(r"^[^\w\n]*problem description[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
 _SOLUTION = re.compile(r"^[^\w\n]*solution[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
-_CODE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
 class Unusable(Exception):
@@ -71,8 +72,7 @@ class Cleaner:
         Raises:
             Unusable: when it has to go.
         """
-        codes = {_bare(code) for code in _CODE.findall(row.problem)} - {""}
-        if codes & {_bare(code) for code in _CODE.findall(row.solution)} or _bare(row.solution) in _bare(row.problem):
+        if _codes(row.problem) & _codes(row.solution) or _bare(row.solution) in _bare(row.problem):
             raise Unusable("solution copies the problem")
         try:
             parse_record({"problem": row.problem, "solution": row.solution})
@@ -86,6 +86,10 @@ class Cleaner:
         if bare in known:
             raise Unusable(reason)
         known.add(bare)
+
+
+def _codes(text: str) -> set[str]:
+    return {_bare(fence.code) for fence in find_fences(text)} - {""}
 
 
 def _bare(text: str) -> str:

@@ -47,7 +47,14 @@ def evaluate(trainer: Trainer, report: Callable[[str], None]) -> dict[str, float
         report: told why there is no result, when there is none.
     """
     folder = Path(trainer.config.output_dir) / "evaluation.tmp"
-    trainer.export(folder / "export")
+    try:
+        trainer.export(folder / "export")
+    except OSError as error:
+        # On all ranks alike.
+        report(f"no evaluation: its export could not be written, training goes on: {error}")
+        if trainer.groups.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
     trainer.groups.progress.enter("evaluating", slow=True)
     shares = None
     if trainer.groups.is_main:

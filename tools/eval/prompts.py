@@ -7,13 +7,15 @@ student of a reflection run never saw it.
 
 from __future__ import annotations
 
-import ast
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT
+from reflectron.tools.eval.extraction import answer_program
 from reflectron.tools.eval.problems import Dataset, Problem
+from reflectron.tools.llm.fences import PYTHON, find_fences, without_thoughts
 
 Style = Literal["reflection", "magicoder", "chat", "completion"]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -21,6 +23,14 @@ STYLES: tuple[Style, ...] = get_args(Style)
 FENCE = "```"
 LANGUAGE_NAMES = {"java": "Java", "js": "Javascript", "cpp": "C++", "php": "PHP", "swift": "Swift", "rs": "Rust"}
 """MultiPL-E's languages that are supported, as ReflectionCoder's prompts call them."""
+_FENCE_NAMES = {
+    "java": ("java",),
+    "js": ("javascript", "js", "typescript", "ts"),
+    "cpp": ("cpp", "c++"),
+    "php": ("php",),
+    "swift": ("swift",),
+    "rs": ("rust", "rs"),
+}
 
 _BLOCK_TAGS = ("<|text|>", "<|code|>", "<|endofblock|>", "<|endofmessage|>")
 # What models append to the function that was asked for (ReflectionCoder).
@@ -130,20 +140,34 @@ def solution(style: Style, dataset: Dataset, problem: Problem, raw: str) -> str:
     """The program that a model's output amounts to; the tests of MultiPL-E and DS-1000 are not part of it."""
     if dataset == "multipl-e":
         return _multipl_e_solution(style, problem, raw)
-    if style == "reflection":
-        code = reflection_code(raw)
-    elif style == "chat":
-        code = textwrap.dedent(first_fence(raw))
-    else:
-        code = raw.split(FENCE)[0]
     if dataset == "ds1000":
+        code = _code(style, raw, PYTHON)
         return code.split("END SOLUTION")[0].split("</code>")[0]
     if style == "completion":
         return problem.prompt + cut_at_first(raw, _NEXT_STATEMENT[dataset])
-    if style == "chat" or (style == "magicoder" and dataset == "mbpp"):
+    if style == "chat":
+        return answer_program(raw, problem.entry_point, problem.prompt)
+    if style == "magicoder" and dataset == "mbpp":
         # In the place of evalplus's sanitizer, which Magicoder's MBPP numbers went through.
-        code = definitions(code)
-    return problem.prompt + code
+        return answer_program(raw.split(FENCE)[0], problem.entry_point, problem.prompt)
+    return problem.prompt + _code(style, raw, PYTHON)
+
+
+def _code(style: Style, raw: str, languages: Sequence[str]) -> str:
+    """The code of an answer without a look at what it defines.
+
+    Args:
+        languages: what the block that counts may call itself in an answer of a chat.
+    """
+    if style == "reflection":
+        return reflection_code(raw)
+    if style != "chat":
+        return raw.split(FENCE)[0]
+    answer = without_thoughts(raw)
+    fences = find_fences(answer)
+    marked = [fence.code for fence in fences if fence.language in languages]
+    unmarked = [fence.code for fence in fences if not fence.language]
+    return textwrap.dedent((marked or unmarked or [fence.code for fence in fences] or [answer])[0])
 
 
 def reflection_code(raw: str) -> str:
@@ -163,33 +187,6 @@ def reflection_code(raw: str) -> str:
     return raw.strip()
 
 
-def first_fence(raw: str) -> str:
-    """Content of the first fenced block that calls itself Python, else of the first one, else everything."""
-    for opening in (f"{FENCE}python\n", FENCE):
-        _, found, rest = raw.partition(opening)
-        if found:
-            code = rest.split(FENCE, 1)[0]
-            return code if opening != FENCE else code.partition("\n")[2]
-    return raw
-
-
-def definitions(code: str) -> str:
-    """Imports, functions, classes and assignments of a module; examples that would run at import are left out."""
-    try:
-        body = ast.parse(code).body
-    except (SyntaxError, ValueError):
-        return code
-    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    lines = code.splitlines()
-    pieces = []
-    for node in body:
-        if isinstance(node, kept):
-            decorators = getattr(node, "decorator_list", [])
-            first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
-            pieces.append("\n".join(lines[first - 1 : node.end_lineno]))
-    return "\n".join(pieces) + "\n" if pieces else code
-
-
 def cut_at_first(text: str, stops: tuple[str, ...]) -> str:
     """``text`` up to the earliest of ``stops``."""
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
@@ -203,7 +200,7 @@ def _multipl_e_solution(style: Style, problem: Problem, raw: str) -> str:
         return problem.prompt + cut_at_first(raw, stops)
     for tag in _BLOCK_TAGS:
         raw = raw.replace(tag, "")
-    code = first_fence(raw) if style == "chat" else raw.split(FENCE)[0]
+    code = _code("chat", raw, _FENCE_NAMES[language]) if style == "chat" else raw.split(FENCE)[0]
     # ReflectionCoder's: a model writes the function to its end and perhaps more functions, so the last end counts.
     for end in (*_BEFORE_MAIN.get(language, ()), *(("\n}",) if language in _CLOSED_BY_US else stops)):
         code = code.rpartition(end)[0] if end in code else code

@@ -10,34 +10,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_FENCE = re.compile(
-    r"^(?P<indent>[ \t]*)(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+.-]*)[^\n]*\n(?P<code>.*?)^[ \t]*(?P=mark)[ \t]*$",
-    re.DOTALL | re.MULTILINE,
-)
-_PYTHON = ("python", "py", "python3")
+from reflectron.tools.llm.fences import PYTHON, Fence, find_fences
+
 _Definition = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-@dataclass(frozen=True)
-class Fence:
-    """A block of code in a text."""
-
-    start: int
-    """Index of its first character in the text."""
-    code: str
-
-
 def python_fences(text: str) -> list[Fence]:
-    """Blocks marked as Python; where there are none, unmarked ones that parse as Python."""
-    marked, unmarked = [], []
-    for match in _FENCE.finditer(text):
-        fence = Fence(match.start(), _dedent(match["code"].strip("\n"), match["indent"]))
-        language = match["language"].lower()
-        if language in _PYTHON:
-            marked.append(fence)
-        elif not language and parses(fence.code):
-            unmarked.append(fence)
-    return marked or unmarked
+    """Closed blocks marked as Python; where there are none, unmarked ones that parse as Python."""
+    closed = [fence for fence in find_fences(text) if fence.closed]
+    marked = [fence for fence in closed if fence.language in PYTHON]
+    return marked or [fence for fence in closed if not fence.language and parses(fence.code)]
 
 
 def parses(code: str) -> bool:
@@ -103,8 +85,3 @@ def _is_test(node: ast.AST) -> bool:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return re.match(r"assert[A-Z]", node.func.attr) is not None
     return isinstance(node, ast.Assert)
-
-
-def _dedent(code: str, indent: str) -> str:
-    """A block inside a list is indented with the list."""
-    return "\n".join(line.removeprefix(indent) for line in code.split("\n"))

@@ -1,0 +1,105 @@
+"""Whether a tokenizer belongs to a model: its tokens against the rows, its vocabulary and its ids against the model's.
+
+Another model's tokenizer trains without an error, on ids that mean something else. What shows it is refused; what is
+only odd comes back as a line to print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reflectron.engine.data.tokenizer import Tokenizer, load_tokenizer
+from reflectron.engine.model.families import Architecture
+from reflectron.engine.text import printable
+
+# A fine-tune adds a handful of tokens; a vocabulary that is larger by more than this is another model's.
+_MOST_NEW_TOKENS = 1024
+
+
+def check_tokenizer(
+    arch: Architecture, tokenizer: Tokenizer, tokenizer_path: str, hf_config: Mapping[str, Any], model_path: str | None
+) -> tuple[str, ...]:
+    """Compare ``tokenizer``, read from ``tokenizer_path``, with the model.
+
+    Args:
+        arch: with the rows of the checkpoint.
+        hf_config: its ``config.json``.
+        model_path: folder of its weights, which may hold a tokenizer as well; None for a random initialisation.
+
+    Returns:
+        What a user should know.
+
+    Raises:
+        ValueError: when it is another model's, naming what shows it.
+    """
+    notes = _new_rows(arch, tokenizer, tokenizer_path)
+    is_own = model_path is None or Path(tokenizer_path).resolve() == Path(model_path).resolve()
+    compared = not is_own and model_path is not None and _compare_vocabularies(tokenizer, tokenizer_path, model_path)
+    for note in _other_ids(tokenizer, tokenizer_path, hf_config):
+        # Whoever names another folder, beside a model that comes without a tokenizer, has nothing else that is checked.
+        if not is_own and not compared:
+            raise ValueError(
+                f"{note}: it is another model's, or config.json's id has to be set to that of the tokenizer"
+            )
+        notes.append(note)
+    return tuple(notes)
+
+
+def _new_rows(arch: Architecture, tokenizer: Tokenizer, tokenizer_path: str) -> list[str]:
+    """Tokens beyond the rows get new ones; tags are not mentioned."""
+    tags = {tokenizer.tag_ids[tag] for tag in tokenizer.tag_sub_tokens}
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    new = sorted(i for i in set(vocabulary.values()) - tags if i >= arch.vocab_size)
+    if len(new) > _MOST_NEW_TOKENS:
+        raise ValueError(
+            f"{tokenizer_path}: the tokenizer has {len(new)} tokens beyond the model's rows (vocab_size "
+            f"{arch.vocab_size}), expected at most {_MOST_NEW_TOKENS}: it is another model's; set tokenizer.path"
+        )
+    if not new:
+        return []
+    return [
+        f"the tokenizer has {len(new)} tokens that the model has no rows for (ids {new[0]} to {new[-1]}, vocab_size "
+        f"{arch.vocab_size}): they get new rows, each the mean of the old ones"
+    ]
+
+
+def _compare_vocabularies(tokenizer: Tokenizer, tokenizer_path: str, model_path: str) -> bool:
+    """Whether the model's folder has a tokenizer to compare with.
+
+    Raises:
+        ValueError: when an ordinary token of it has another id in ``tokenizer``.
+    """
+    if not any((Path(model_path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return False
+    own = load_tokenizer(model_path, "magicoder").backend.get_vocab(with_added_tokens=False)
+    for content, i in sorted(own.items(), key=lambda item: item[1]):
+        found = tokenizer.backend.id_to_token(i)
+        if found != content:
+            raise ValueError(
+                f"{tokenizer_path}: token {i} is {_shown(found)}, but {_shown(content)} in the tokenizer of "
+                f"{model_path}: it is another model's; leave tokenizer.path out, or name one that extends that one"
+            )
+    return True
+
+
+def _other_ids(tokenizer: Tokenizer, tokenizer_path: str, hf_config: Mapping[str, Any]) -> list[str]:
+    """BOS and EOS of ``config.json`` that are not the tokenizer's; it may name several, and a tokenizer lack BOS."""
+    ids = {"eos": tokenizer.eos_id}
+    if tokenizer.settings.get("bos_token") is not None:
+        ids["bos"] = tokenizer.bos_id
+    notes = []
+    for name, found in ids.items():
+        declared = hf_config.get(f"{name}_token_id")
+        expected = declared if isinstance(declared, list) else [declared]
+        if declared is not None and found not in expected:
+            notes.append(
+                f"{tokenizer_path}: {name}_token of the tokenizer has id {found}, "
+                f"{name}_token_id of config.json is {printable(declared)}"
+            )
+    return notes
+
+
+def _shown(token: str | None) -> str:
+    return "no token" if token is None else printable(repr(token), 60)

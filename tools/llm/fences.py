@@ -1,0 +1,56 @@
+"""A model's answer as text: what it only thought is cut off, and its fenced blocks of code are found."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_FENCE = re.compile(
+    r"^(?P<indent>[ \t]*)(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+.#-]*)[^\n]*\n"
+    r"(?P<code>.*?)(?:^[ \t]*(?P=mark)[ \t]*$|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+PYTHON = ("python", "py", "python3")
+"""What blocks of Python call themselves."""
+
+# What reasoning models put around their drafts; the opening tag often stands in the prompt and not in the answer.
+_THOUGHT = r"think|thinking|thought|reasoning"
+# Not where code speaks of the tag: there a quotation mark follows.
+_THOUGHT_END = re.compile(rf"</(?:{_THOUGHT})>(?![\"'`])|\[/THINK\]|<\|channel\|>final<\|message\|>", re.IGNORECASE)
+_THOUGHT_START = re.compile(rf"\s*(?:<(?:{_THOUGHT})>|\[THINK\]|<\|channel\|>analysis<\|message\|>)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A block of code in a text."""
+
+    start: int
+    """Index of its first character in the text, that of the mark included."""
+    language: str
+    """In lower case; empty where the block does not say."""
+    code: str
+    """Without the indentation of the list that the block may stand in."""
+    closed: bool
+    """Whether the block has an end; an answer that was cut off has none."""
+
+
+def find_fences(text: str) -> list[Fence]:
+    """Fenced blocks of a text in their order, as CommonMark has them: a block without an end goes to the text's end."""
+    found = []
+    for match in _FENCE.finditer(text):
+        code = _dedent(match["code"].strip("\n"), match["indent"])
+        found.append(Fence(match.start(), match["language"].lower(), code, match.end("code") < match.end()))
+    return found
+
+
+def without_thoughts(text: str) -> str:
+    """What stands behind the last end of a thought; nothing where a thought has begun and never ends."""
+    ends = list(_THOUGHT_END.finditer(text))
+    if ends:
+        return text[ends[-1].end() :]
+    return "" if _THOUGHT_START.match(text) else text
+
+
+def _dedent(code: str, indent: str) -> str:
+    """A block inside a list is indented with the list."""
+    return "\n".join(line.removeprefix(indent) for line in code.split("\n"))
