@@ -48,7 +48,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, bring it to the disk, and only then give it its name.
 
     Raises:
@@ -69,7 +69,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all; like ``write_whole``."""
-    write_whole(path, lambda stream: stream.write(text.encode()) and None)
+    write_whole(path, lambda stream: stream.write(text.encode()))
 
 
 def free_bytes(folder: Path) -> int:

@@ -73,7 +73,9 @@ def test_training_goes_on_and_saves_again_when_there_is_room(small_disk: Path, t
         assert process.stdout is not None
         refused = process.stdout.read()
     assert process.returncode == 2
-    needed = r"\d\.\d\d MiB for a checkpoint and \d\.\d\d MiB for the export, and \d\.\d\d MiB are free on its disk: make"
+    needed = (
+        r"\d\.\d\d MiB for a checkpoint and \d\.\d\d MiB for the export, and \d\.\d\d MiB are free on its disk: make"
+    )
     assert re.search(rf"reflectron train: error: {output_dir} needs {needed} room", refused)
     filler.unlink()
     with start(config, output_dir, "checkpoint.save_every=5", "train.steps=60") as process:
