@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 # What `temporary_name` puts behind a name; the end tells a glob what it is.
-_TEMPORARY = re.compile(r"\.[\w.-]+-\d+-[0-9a-f]{8}\.(partial|tmp)")
+_TEMPORARY = re.compile(r"\.[\w.-]+-\d+-[0-9a-f]{8}\.(partial|tmp)$")
 
 
 def temporary_name(name: str, suffix: str = "tmp") -> str:
@@ -22,11 +22,18 @@ def temporary_name(name: str, suffix: str = "tmp") -> str:
     return f"{name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.{suffix}"
 
 
-def remove_temporaries(path: Path) -> None:
-    """Delete what killed writers of ``path`` have left; only for one that alone may write it."""
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Delete what killed writers have left in ``folder``, of ``name`` or of everything.
+
+    Only for one that alone may write it, but for locks: others are just trying to take them.
+    """
     with contextlib.suppress(OSError):
-        for found in path.parent.iterdir():
-            if found.name.startswith(path.name) and _TEMPORARY.fullmatch(found.name[len(path.name) :]):
+        for found in folder.iterdir():
+            if (
+                found.name.startswith(name)
+                and ".lock." not in found.name
+                and _TEMPORARY.search(found.name[len(name) :])
+            ):
                 remove(found)
 
 

@@ -123,7 +123,7 @@ def build_store(
 def _build_alone(
     data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path, progress: bool
 ) -> TokenStore:
-    remove_temporaries(folder / "rejects.jsonl")
+    remove_temporaries(folder)
     settings = _settings(data, tokenizer)
     job = _Job(tokenizer, data.template, data.max_length)
     shards: list[Shard] = []
@@ -131,7 +131,6 @@ def _build_alone(
         path = _shard_path(folder, settings, file)
         shard = _up_to_date(path, file)
         if shard is None:
-            remove_temporaries(path)
             header = ShardHeader(settings, source_identity(file))
             chunks = _with_progress(read_chunks(file, _RECORDS_PER_CHUNK), file, progress)
             write_shard(path, header, (batch for _, batch in map_chunks(job, chunks, data.workers)))
