@@ -183,9 +183,7 @@ def take_lock(
         Locked: when another job holds it.
         ValueError: when the file system cannot hold it.
     """
-    me = Holder.this_process()
-    watch = _Watch(silence_s)
-    said = False
+    me, watch, said = Holder.this_process(), _Watch(silence_s), False
     while not _link(path, me):
         if path.is_dir():
             raise ValueError(f"{path} is a folder, expected a file or nothing: remove it")
@@ -196,18 +194,18 @@ def take_lock(
         if dead and _replace(path, holder.token if holder else None, me, say, silence_s):
             break
         if dead is False and not wait:
-            raise Locked(
-                f"{what} is in use by {holder or 'another job'} ({path}): wait until it has ended, stop it, or choose "
-                "another folder"
-            )
+            raise Locked(f"{_in_use(what, holder, path)}: wait until it has ended, stop it, or choose another folder")
         if not dead:
             if not said:
                 reason = "waiting for it" if dead is False else f"watching for {silence_s:.0f} s whether it still runs"
-                say(f"{what} is in use by {holder or 'a job that its lock does not name'} ({path}); {reason}")
+                say(f"{_in_use(what, holder, path)}; {reason}")
                 said = True
             time.sleep(_POLL_S)
-    descriptor = os.open(path, os.O_RDONLY)
-    return JobLock(path, descriptor, me.token, owned=True, beat_s=beat_s)
+    return JobLock(path, os.open(path, os.O_RDONLY), me.token, owned=True, beat_s=beat_s)
+
+
+def _in_use(what: str, holder: Holder | None, path: Path) -> str:
+    return f"{what} is in use by {holder or 'a job that its lock does not name'} ({path})"
 
 
 def inherited_lock(path: Path, env: Mapping[str, str] = os.environ) -> JobLock | None:

@@ -128,9 +128,9 @@ def _look_on_main(config: Config, inputs: RunInputs, nothing_to_do: NothingToDo)
         except ValueError as error:
             found = [(None, str(error))]
     dist.broadcast_object_list(found)
-    reason, error = found[0]
-    if error:
-        raise ValueError(error)
+    reason, mistake = found[0]
+    if mistake:
+        raise ValueError(mistake)
     return reason
 
 

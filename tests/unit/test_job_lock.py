@@ -203,7 +203,7 @@ def test_a_holder_shows_that_it_lives_and_keeps_a_lock_that_was_damaged(tmp_path
             assert time.monotonic() < deadline
         path.write_text("garbage", encoding="utf-8")
         mine.check()
-        with pytest.raises(Locked, match="in use by another job"):
+        with pytest.raises(Locked, match="in use by a job that its lock does not name"):
             lock(tmp_path, say=lambda _: None)
 
 
