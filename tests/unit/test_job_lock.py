@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -143,6 +144,20 @@ def test_a_link_that_leads_nowhere_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / LOCK_NAME).symlink_to(tmp_path / LOCK_NAME)
     lock(tmp_path, say=lambda _: None).release()  # type: ignore[attr-defined]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with lock(tmp_path) as mine:  # type: ignore[attr-defined]
+        mine.check()
+        with pytest.raises(Locked, match=f"in use by process {os.getpid()} on "):
+            lock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    write_foreign(tmp_path)
+    lock(tmp_path, say=lambda _: None).release()  # type: ignore[attr-defined]
 
 
 def test_what_cannot_be_a_lock_is_named(tmp_path: Path) -> None:

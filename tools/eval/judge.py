@@ -26,8 +26,8 @@ from typing import Any, Literal
 import evalplus.eval
 from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS, MBPP_OUTPUT_SET_EQ_TASKS
 
+from reflectron.engine.files import write_text
 from reflectron.tools.eval.answers import AnswerPipes, DataUnpickler, Program, read_all
-from reflectron.tools.eval.rows import write_text
 from reflectron.tools.eval.verdict import Verdict
 from reflectron.tools.sandbox.process import SandboxKind, sandbox_folder
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from reflectron.engine.files import write_text
 from reflectron.tools.eval.problems import Problem, ProblemFile, add_problem_arguments, find_problems, load_problems
-from reflectron.tools.eval.rows import read_json_lines, write_text
+from reflectron.tools.eval.rows import read_json_lines
 from reflectron.tools.eval.verdict import SUITES, Verdict
 from reflectron.tools.sandbox.process import SandboxKind, add_sandbox_arguments, choose_sandbox
 
