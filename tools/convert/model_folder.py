@@ -105,7 +105,7 @@ def write_model_folder(model: ModelFolder, out: str, dtype: torch.dtype, write: 
     with take_lock(target.with_name(f"{target.name}.lock"), f"folder {out}"):
         if target.exists():
             raise ValueError(f"{out} exists, expected the name of a new folder")
-        remove_temporaries(target)
+        remove_temporaries(target.parent, target.name)
         partial = target.with_name(temporary_name(target.name, "partial"))
         try:
             _write_model_folder(model, target, partial, dtype, write)
