@@ -25,7 +25,7 @@ DATA = [
 SERVER = ["fastapi>=0.110,<1", "uvicorn>=0.29,<1", "accelerate>=1,<2"]
 # Exactly: its verdicts are what published numbers are made of, and its judge is called from inside.
 # It holds protobuf below 6, with which later releases of sentencepiece cannot be imported, though they do not say so.
-EVAL = ["evalplus==0.3.1", "openai>=2,<4", "scipy>=1.10,<2", "sentencepiece>=0.2,<0.2.1"]
+EVAL = ["evalplus==0.3.1", "openai>=2,<4", "tenacity>=8.2,<10", "scipy>=1.10,<2", "sentencepiece>=0.2,<0.2.1"]
 # Fused layers where transformer-engine is not. Below 0.9, for the engine calls its operations rather than its modules.
 FUSED = ["liger-kernel>=0.8.5,<0.9", "triton>=3.4,<3.8"]
 ROOMS = ("engine", "kernels", "tools")
@@ -59,7 +59,8 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.4",
         "pyarrow>=15",
-        "datasets>=2.18",
+        # Older ones run the loading script of a data set of the hub.
+        "datasets>=4",
         "omegaconf>=2.3",
         "PyYAML>=6",
         "packaging",

@@ -6,6 +6,7 @@ A value is checked where it is declared, relations between sections in ``check_r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,15 +25,19 @@ class DataFile:
     """One source of conversations."""
 
     path: str
-    """Local ``.jsonl``, ``.json`` (one record a line) or ``.parquet`` file, or the id of a dataset on the hub."""
+    """Local ``.jsonl`` or ``.json`` file (one record a line, or one array; also compressed), ``.parquet`` file, or the
+    id of a dataset on the hub."""
     repeat: float = 1.0
     """How many times an epoch lists each record; a fraction lists that share, drawn anew each epoch."""
     split: str = "train"
     """Split of a hub dataset; local files have none."""
+    revision: str | None = None
+    """Git revision of a hub dataset, a commit or tag; null takes the newest."""
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "data.*.path", self.path, "a file or a dataset id")
-        _require(self.repeat > 0, f"data.*.repeat of {self.path}", self.repeat, "a number above 0")
+        key = f"data.*.repeat of {self.path}"
+        _require(0 < self.repeat < math.inf, key, self.repeat, "a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +51,17 @@ class DataConfig:
     template: Literal["reflection", "magicoder"] = "reflection"
     """How a conversation is rendered: ReflectionCoder's tags, or Magicoder's ``@@ Instruction`` prompt."""
     max_length: int = 4096
-    """Longest sample in tokens, BOS and EOS included; a longer one is rejected, never cut."""
+    """Longest sample in tokens, BOS and EOS included; a longer one is left out and counted, never cut."""
+    special_tokens_in_content: Literal["keep", "spell_out"] = "spell_out"
+    """What becomes of a special token that a content spells, as HTML may spell ``</s>``: ``spell_out`` tokenises it as
+    ordinary text, so that a sample has one EOS; ``keep`` makes it the token's id, as the reference does."""
     store_dir: str | None = None
     """Folder of the token store; ``<output_dir>/token_store`` when null."""
     workers: int = 0
     """Processes that tokenise; 0 means one per core."""
     max_reject_share: float = 0.05
-    """Largest share of a file's records that may be rejected, 0 to 1; more stops the run."""
+    """Largest share of a file's records that may be rejected, 0 to 1; more stops the run. Samples that are too long do
+    not count."""
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 16, "data.max_length", self.max_length, "at least 16 tokens")
@@ -364,7 +373,7 @@ class TrainConfig:
     """Steps in a row that may be left out because loss or gradient are not finite; one more stops the run."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "a finite number above 0")
         if self.steps is not None:
             _require(self.steps >= 1, "train.steps", self.steps, "at least 1")
         _require(self.validate_every >= 0, "train.validate_every", self.validate_every, "0 (never) or more")
@@ -404,7 +413,7 @@ class CheckpointConfig:
     """Training checkpoints under ``<output_dir>/checkpoints``, from which the same command continues a run."""
 
     save_every: int = 500
-    """Steps between checkpoints; 0 saves only when SIGTERM or SIGUSR1 stops the run."""
+    """Steps between checkpoints; 0 saves only the last step, and when SIGTERM or SIGUSR1 stops the run."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import resource
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from reflectron.engine.config import Config
+from reflectron.engine.files import write_text, write_whole
 from reflectron.engine.parallel.process_groups import ParallelGroups
+from reflectron.engine.text import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +82,13 @@ class MetricsLog:
     def __init__(self, config: Config, first_step: int) -> None:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        self.notes: list[str] = []
+        """What was found damaged, a line each."""
         for name in ("metrics", "validation", "evaluation", "nonfinite", "spikes"):
             path = folder / f"{name}.jsonl"
             if path.exists() and first_step:
-                _drop_rows_after(path, first_step)
+                damage = _drop_rows_after(path, first_step)
+                self.notes += [damage] if damage else []
             elif path.exists():
                 path.replace(folder / f"{name}.previous.jsonl")
         self._folder = folder
@@ -88,7 +96,7 @@ class MetricsLog:
         self._tensorboard = None
         if config.train.tensorboard:
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        self._wandb = _start_wandb(config) if config.train.wandb_project else None
+        self._wandb = WandbRun(config) if config.train.wandb_project else None
 
     @property
     def waiting(self) -> str:
@@ -122,8 +130,13 @@ class MetricsLog:
     def _write_elsewhere(self, group: str, step: int, values: dict[str, Any]) -> None:
         named = {f"{group}/{key}": value for key, value in values.items() if value is not None and key != "step"}
         if self._tensorboard is not None:
-            for key, value in named.items():
-                self._tensorboard.add_scalar(key, value, step)
+            try:
+                for key, value in named.items():
+                    self._tensorboard.add_scalar(key, value, step)
+            except OSError as error:
+                # It is a view of what metrics.jsonl holds; its writer does not recover.
+                self._tensorboard = None
+                self.notes.append(f"TensorBoard events end here, training goes on: {one_line(error)}")
         if self._wandb is not None:
             self._wandb.log(named, step=step)
 
@@ -132,7 +145,8 @@ class MetricsLog:
         while self._files:
             self._files.popitem()[1].close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -175,31 +189,84 @@ class RowFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file; a last one that was cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Rows of a JSON lines file, each with its ``step``; what is no such row, as a last one that was cut short, is
+    skipped."""
+    return _rows_and_damage(path)[0]
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Rewrite a file of rows, or leave it as it is."""
-    lines = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _rows_and_damage(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows, and how many lines but for a cut last one are none."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = [row for row in map(_row, lines) if row is not None]
+    return rows, len(lines) - len(rows)
 
 
-def _start_wandb(config: Config) -> Any:
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            f"train.wandb_project is {config.train.wandb_project!r}, but the package wandb is not installed: "
-            "pip install 'reflectron[wandb]'"
-        ) from None
-    return wandb.init(project=config.train.wandb_project, dir=config.output_dir, config=dataclasses.asdict(config))
+        row = json.loads(line)
+        return row if type(row["step"]) is int else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _drop_rows_after(path: Path, step: int) -> str:
+    """Rewrite a file of rows, or leave it as it is; a line about damage, or nothing."""
+    rows, damaged = _rows_and_damage(path)
+    note = ""
+    if damaged:
+        kept = path.with_suffix(".damaged.jsonl")
+        write_whole(kept, lambda stream: stream.write(path.read_bytes()) and None)
+        note = f"{path}: {damaged} lines are no rows and are left out; {kept} keeps the file as it was"
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    return note
+
+
+class WandbRun:
+    """The run at Weights & Biases: one for all starts of a run, by an id that ``output_dir`` keeps.
+
+    Raises:
+        ValueError: when the package is missing, or the server refuses.
+    """
+
+    def __init__(self, config: Config) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(
+                f"train.wandb_project is {config.train.wandb_project!r}, but the package wandb is not installed: "
+                "pip install 'reflectron[wandb]'"
+            ) from None
+        try:
+            self._run = wandb.init(
+                project=config.train.wandb_project,
+                dir=config.output_dir,
+                config=dataclasses.asdict(config),
+                id=wandb_run_id(config),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise ValueError(f"train.wandb_project is {config.train.wandb_project!r}: {one_line(error)}") from error
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Record ``values`` of a step."""
+        self._run.log(values, step=step)
+
+    def finish(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
+def wandb_run_id(config: Config) -> str:
+    """The id in ``<output_dir>/wandb_run.json``, or a new one, which is kept there; starting over takes a new one."""
+    path = Path(config.output_dir) / "wandb_run.json"
+    if config.checkpoint.resume == "auto":
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            known = json.loads(path.read_bytes())
+            if known["project"] == config.train.wandb_project and re.fullmatch(r"[\w-]{1,64}", known["id"]):
+                return known["id"]
+    new = {"project": config.train.wandb_project, "id": secrets.token_hex(4)}
+    write_text(path, json.dumps(new) + "\n")
+    return new["id"]
 
 
 def peak_memory_gib(groups: ParallelGroups) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from reflectron.engine.config import Config, DataFile
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.sampler import SampleOrder
 from reflectron.engine.data.store import TokenStore, build_store, open_store
@@ -98,8 +99,14 @@ def prepare(config: Config, progress: bool) -> RunInputs:
         if not files:
             return None
         store = build_store(config.data, files, model.tokenizer, store_folder(config, part), progress)
+        if len(store) == 0:
+            raise ValueError(
+                f"data.{part} has no sample: every record was rejected; {store_folder(config, part)} says why"
+            )
         check_budget(store, files, config)
         check_positions(store, files, config, model.arch)
+        if part == "train":
+            run_length(config, sample_order(store, files, config.seed))
         return store
 
     return RunInputs(
@@ -130,11 +137,10 @@ def check_budget(store: TokenStore, files: tuple[DataFile, ...], config: Config)
         ValueError: naming the sample that needs the most tokens.
     """
     budget = config.batch.tokens_per_microbatch
-    generator = np.random.default_rng(0)
     worst, needed = -1, budget
     for index in np.flatnonzero(2 * store.lengths > budget):
         sample = store[int(index)]
-        seen = visible_tokens(sample, config.mask, 0.0, generator)
+        seen = visible_tokens(sample, config.mask, 0.0, Draws(0))
         tokens = len(sample.input_ids) + (0 if seen is None or seen.all() else int(seen.sum()))
         if tokens > needed:
             worst, needed = int(index), tokens
@@ -164,14 +170,24 @@ def check_positions(store: TokenStore, files: tuple[DataFile, ...], config: Conf
 
 def sample_order(store: TokenStore, files: tuple[DataFile, ...], seed: int) -> SampleOrder:
     """The order in which the samples of ``files`` are trained on."""
-    return SampleOrder(np.array([file.repeat for file in files])[store.file_index], seed)
+    return SampleOrder([file.repeat for file in files], store.file_index, seed)
 
 
 def run_length(config: Config, order: SampleOrder) -> tuple[int, float | None]:
-    """Steps of a run, and the epochs after which its last batch stops short; None where a number of steps ends it."""
+    """Steps of a run, and the epochs after which its last batch stops short; None where a number of steps ends it.
+
+    Raises:
+        ValueError: when that is no step at all.
+    """
     if config.train.steps:
         return config.train.steps, None
-    return order.total_steps(config.train.epochs, config.batch.global_batch_size), config.train.epochs
+    steps = order.total_steps(config.train.epochs, config.batch.global_batch_size)
+    if steps < 1:
+        raise ValueError(
+            f"the run has 0 steps: train.epochs {config.train.epochs:g} of data.train list no sample with their "
+            "data.train[*].repeat; expected at least one: raise either, or set train.steps"
+        )
+    return steps, config.train.epochs
 
 
 def store_folder(config: Config, part: str) -> Path:

@@ -4,6 +4,8 @@ What comes out has no control characters, so it moves no cursor, sets no termina
 it is valid Unicode, so it can be written to any file.
 """
 
+import unicodedata
+
 _SHOWN_CHARACTERS = 300
 
 
@@ -23,6 +25,20 @@ def printable(text: object, most: int = _SHOWN_CHARACTERS) -> str:
     if len(shown) <= most and len(whole) <= 2 * most:
         return shown
     return shown[: most - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """Text of any number of lines, with every character escaped that moves a cursor, hides or reorders others.
+
+    Line ends, tabs and the spaces of other scripts stay. Lone surrogates are escaped, so that any stream can take it.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if _is_shown(char) else char.encode("unicode_escape").decode() for char in text)
+
+
+def _is_shown(char: str) -> bool:
+    return char.isprintable() or char in "\n\t" or unicodedata.category(char) == "Zs"
 
 
 def one_line(error: BaseException) -> str:

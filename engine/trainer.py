@@ -6,7 +6,7 @@ written. A run that was stopped goes on from its latest checkpoint as if it neve
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,14 +22,18 @@ from reflectron.engine.checkpoint.distributed import load
 from reflectron.engine.checkpoint.hf import export_weights, load_weights
 from reflectron.engine.checkpoint.hf_folder import write_description
 from reflectron.engine.checkpoint.manifest import SkippedSteps
+from reflectron.engine.checkpoint.on_main import error_on_main, from_main
 from reflectron.engine.checkpoint.resume import ResumePoint, find_resume_point
 from reflectron.engine.checkpoint.retention import checkpoints_folder
 from reflectron.engine.checkpoint.run_identity import mark_finished, run_identity, start_over
 from reflectron.engine.checkpoint.sources import RandomSource, TensorSource, WithAddedTokens
+from reflectron.engine.checkpoint.space import checkpoint_bytes, export_bytes, lack_of_space
 from reflectron.engine.checkpoint.training_state import TrainingState
 from reflectron.engine.config import Config
 from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches, SampleId
+from reflectron.engine.files import remove, remove_temporaries, sync, temporary_name
 from reflectron.engine.flops import decoder_shape, training_cost
+from reflectron.engine.job_lock import JobLock, LockLost
 from reflectron.engine.loss import PackLoss
 from reflectron.engine.lr_schedule import learning_rate
 from reflectron.engine.metrics import StepMetrics, peak_memory_gib
@@ -52,10 +56,11 @@ class Trainer:
         config: the run.
         inputs: model and data, as ``open_run_inputs`` returns them.
         groups: this rank's process groups.
+        lock: on the main rank, of ``output_dir``; None where nobody else can write there.
 
     Raises:
-        ValueError: when there are no training files, ``output_dir`` holds another run or only damaged checkpoints, or a
-            backend cannot do what it is asked for.
+        ValueError: when there are no training files, ``output_dir`` holds another run or only damaged checkpoints, has
+            no space for what the run must write, or a backend cannot do what it is asked for.
     """
 
     backends: Backends
@@ -69,15 +74,18 @@ class Trainer:
     findings: list[Finding]
     """Where the last step's loss or gradient were not finite; empty when it was not left out."""
 
-    def __init__(self, config: Config, inputs: RunInputs, groups: ParallelGroups) -> None:
+    def __init__(self, config: Config, inputs: RunInputs, groups: ParallelGroups, lock: JobLock | None = None) -> None:
         if inputs.train is None:
             raise ValueError("data.train is empty, expected at least one file")
-        self.config, self.inputs, self.groups = config, inputs, groups
+        self.config, self.inputs, self.groups, self.lock = config, inputs, groups, lock
         groups.progress.enter("building the model", slow=True)
         self.arch = inputs.model.arch
-        self.identity = run_identity(config, inputs)
+        self.identity = json.loads(from_main(json.dumps(run_identity(config, inputs)) if groups.is_main else ""))
         self.backends = choose_on_every_rank(config, self.arch, groups.device)
         self.resumed = self._find_resume_point()
+        order = sample_order(inputs.train, config.data.train, config.seed)
+        self.total_steps, epochs = run_length(config, order)
+        self._check_space()
         self.stopped = False
         self.skipped = self.resumed.manifest.skipped if self.resumed is not None else SkippedSteps()
         self.findings = []
@@ -96,8 +104,6 @@ class Trainer:
             load(self.state, self.resumed.folder, updates=updates, same_layout=same_layout)
         shape, parallel = decoder_shape(self.arch, config), config.parallel
         self.cost = training_cost(shape, parallel.recompute, parallel.recompute_modules)
-        order = sample_order(inputs.train, config.data.train, config.seed)
-        self.total_steps, epochs = run_length(config, order)
         self.batches = GlobalBatches(
             inputs.train,
             order,
@@ -119,24 +125,33 @@ class Trainer:
     def steps(self, report: Callable[[str], None]) -> Iterator[StepMetrics]:
         """Train; yields after every step, on every rank alike, and saves when the row has been taken.
 
-        A step whose loss or gradient are not finite changes nothing but the position in data and schedules.
-        ``train.max_skipped_steps`` of them may follow each other; ``may_go_on`` is false after one more, and the run
-        ends there unsaved. SIGTERM or SIGUSR1 to any rank ends it after a step and a save; ``stopped`` tells.
+        The last step is saved in any case, so that a failure of the export loses none. A step whose loss or gradient
+        are not finite changes nothing but the position in data and schedules. ``train.max_skipped_steps`` of them may
+        follow each other; ``may_go_on`` is false after one more, and the run ends there unsaved. SIGTERM or SIGUSR1 to
+        any rank ends it after a step and a save; ``stopped`` tells.
 
         Args:
             report: told a line about every save.
+
+        Raises:
+            ValueError: when another job has taken over the folder.
         """
-        checkpointer = Checkpointer(self.config, self.state, self.identity, self.backends.names, report)
+        checkpointer = Checkpointer(self.config, self.state, self.identity, self.backends.names, report, self.lock)
         with stop_on_signals() as request:
             for step in self._train():
                 yield step
                 self.groups.progress.enter("end of the step")
                 if not self.may_go_on:
                     break
+                lost = self._lost_lock()
                 # All ranks stop and finish checkpoints together, or none does.
-                self.stopped, any_writing = self._any_rank(request.received, checkpointer.is_writing)
+                self.stopped, any_writing, any_lost = self._any_rank(
+                    request.received, checkpointer.is_writing, bool(lost)
+                )
+                if any_lost:
+                    raise LockLost(lost or "the main rank says who holds the lock of output_dir now")
                 checkpointer.finish_written(any_writing)
-                if self.stopped or checkpointer.is_due(step.step):
+                if self.stopped or checkpointer.is_due(step.step) or step.step == self.total_steps:
                     self.groups.progress.enter("saving a checkpoint", slow=True)
                     checkpointer.save(step.step, self.skipped)
                 if self.stopped:
@@ -175,6 +190,24 @@ class Trainer:
         """The samples that the step of 1-based number ``step`` trained on."""
         return self.batches.sample_ids(step - 1)
 
+    def _lost_lock(self) -> str:
+        """On the main rank, who has taken the folder over; empty when nobody has."""
+        try:
+            if self.lock is not None:
+                self.lock.check()
+        except LockLost as error:
+            return str(error)
+        return ""
+
+    def _check_space(self) -> None:
+        """See that what must be written to the end of the run fits: one checkpoint and the export."""
+        dtype = getattr(torch, self.config.model.dtype)
+        needed = {"the export": export_bytes(self.arch, dtype)}
+        if self.first_step < self.total_steps:
+            needed = {"a checkpoint": checkpoint_bytes(self.config, self.arch), **needed}
+        if error := error_on_main(lambda: lack_of_space(Path(self.config.output_dir), needed)):
+            raise ValueError(error)
+
     def _any_rank(self, *flags: bool) -> list[bool]:
         """Each flag, whether it is set on any rank."""
         total = torch.tensor(flags, dtype=torch.int32, device="cpu")
@@ -201,7 +234,11 @@ class Trainer:
         return validate(self.wrapped, self.inputs.validation, self.config, self.cost, self.groups)
 
     def export(self, folder: Path) -> None:
-        """Write the model as a Hugging Face checkpoint, complete or not at all; every rank calls it."""
+        """Write the model as a Hugging Face checkpoint, complete or not at all; every rank calls it.
+
+        Raises:
+            OSError: on every rank alike, when it cannot be written.
+        """
         self.groups.progress.enter("exporting", slow=True)
         gather_parameters(self.wrapped)
         export_checkpoint(self.chunks, self.inputs.model, self.groups, folder)
@@ -257,18 +294,36 @@ def weight_source(config: Config, inputs: ModelInputs) -> TensorSource:
 
 
 def export_checkpoint(chunks: Sequence[PackedGPT], inputs: ModelInputs, groups: ParallelGroups, folder: Path) -> None:
-    """Write weights, config, tokenizer and generation config; an older folder is replaced when all is written."""
-    partial = folder.with_name(folder.name + ".partial")
-    if groups.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Write weights, config, tokenizer and generation config; an older folder is replaced when all is written.
+
+    Raises:
+        OSError: on every rank alike, when it cannot be written; nothing of it is left.
+    """
+    dtype = chunks[0].config.params_dtype
+    partial = folder.with_name(from_main(temporary_name(folder.name, "partial")))
+
+    def begin() -> str:
+        remove_temporaries(folder)
         partial.mkdir(parents=True)
-    groups.barrier()
-    export_weights(chunks, inputs.arch, groups, partial)
-    if groups.is_main:
-        write_description(partial, inputs, chunks[0].config.params_dtype)
-        shutil.rmtree(folder, ignore_errors=True)
+        return lack_of_space(folder, {"the export": export_bytes(inputs.arch, dtype)})
+
+    def end() -> None:
+        write_description(partial, inputs, dtype)
+        for path in partial.iterdir():
+            sync(path)
+        remove(folder)
         partial.rename(folder)
-    groups.barrier()
+        sync(folder.parent)
+
+    try:
+        if error := error_on_main(begin):
+            raise OSError(error)
+        export_weights(chunks, inputs.arch, groups, partial)
+        if error := error_on_main(end):
+            raise OSError(error)
+    finally:
+        if groups.is_main:
+            remove(partial)
 
 
 def step_metrics(

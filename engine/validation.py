@@ -14,7 +14,7 @@ from reflectron.engine.config import Config
 from reflectron.engine.data.global_batch import assemble, share_of_batch
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.packing import CostModel
-from reflectron.engine.data.sampler import SampleRef, mask_generator
+from reflectron.engine.data.sampler import SampleRef, mask_draws
 from reflectron.engine.data.store import TokenStore
 from reflectron.engine.data.views import make_views
 from reflectron.engine.parallel.process_groups import ParallelGroups
@@ -26,10 +26,10 @@ def validate(
 ) -> LossTerms:
     """Loss terms over all samples of ``store`` as one global batch; every rank calls it and gets the same."""
     samples = [store[index] for index in range(len(store))]
-    generators = (mask_generator(config.seed, SampleRef(0, index, 0)) for index in range(len(store)))
+    draws = (mask_draws(config.seed, SampleRef(0, index, 0)) for index in range(len(store)))
     views = [
-        make_views(sample, visible_tokens(sample, config.mask, 1.0, generator))
-        for sample, generator in zip(samples, generators, strict=True)
+        make_views(sample, visible_tokens(sample, config.mask, 1.0, drawn))
+        for sample, drawn in zip(samples, draws, strict=True)
     ]
     whole = assemble(views, config, cost, 1.0, groups.data.rank(), groups.data.size())
     batch = share_of_batch(whole, groups.context.rank(), groups.context.size())

@@ -16,6 +16,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from reflectron.engine.terminal import protect_streams, protected_streams
+from reflectron.engine.text import printable
+
+_LONGEST_MESSAGE = 2000
+
 COMMANDS = {
     "train": "train a model as a YAML file says",
     "validate": "loss terms of a model on held-out data",
@@ -42,6 +47,7 @@ COMMANDS = {
     "bench data": "measure the making of reflection samples with a model that answers at once",
     "bench calibrate": "measure the rates that `plan` predicts with, on this machine",
     "bench faults": "kill a training again and again, damage its checkpoints, count what is lost",
+    "bench freezes": "stop ranks of a training again and again: when it is noticed, what is lost",
     "plan": "predict layouts for a cluster: memory, time, GPU hours",
     "doctor": "what this machine has, what is missing and what that means",
 }
@@ -56,8 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imports make a million objects that stay. Each time their number has grown by a quarter, Python looks through all
     # of them for garbage, by default from 70,000 on: a tenth of a start and more.
     gc.set_threshold(10_000)
-    args = _parse(sys.argv[1:] if argv is None else argv)
-    return guarded(args.prog, lambda: args.run(args), debug=args.debug)
+    if argv is None:
+        # For good: the traceback of a fault of ours, which may quote anything, is printed after this function.
+        protect_streams()
+    with protected_streams():
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        return guarded(args.prog, lambda: args.run(args), debug=args.debug)
 
 
 def guarded(prog: str, action: Callable[[], int], *, debug: bool) -> int:
@@ -73,7 +83,7 @@ def guarded(prog: str, action: Callable[[], int], *, debug: bool) -> int:
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"{prog}: error: {_message(error)}", file=sys.stderr)
+        print(f"{prog}: error: {printable(_message(error), _LONGEST_MESSAGE)}", file=sys.stderr)
         return 2
 
 

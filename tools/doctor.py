@@ -16,6 +16,7 @@ import subprocess
 import warnings
 from dataclasses import dataclass
 
+from reflectron.engine.terminal import console
 from reflectron.engine.text import one_line
 
 
@@ -76,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 when a required package is missing, broken or of a wrong version."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(package.distribution, version, Text(state, style=colour), package.meaning)
     table.add_row("bubblewrap", *_sandbox())
     table.add_row("device", *_device())
-    Console().print(table)
+    console().print(table)
     print("\n".join(_backends()))
     if not sound:
         print("A required package is not as it must be: pip install -e . from the clone puts it right.")

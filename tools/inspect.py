@@ -12,17 +12,19 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, MaskConfig, ModelConfig, TokenizerConfig
-from reflectron.engine.text import printable
+from reflectron.engine.terminal import console
+from reflectron.engine.text import printable, visible
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from reflectron.engine.data.store import FileSummary
     from reflectron.engine.data.tokenization import TokenizedSample
     from reflectron.engine.data.tokenizer import Tokenizer
     from reflectron.engine.data.views import SampleViews
@@ -46,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=0.33, help="mask rate, 0 to 1 (default: 0.33)")
     parser.add_argument("--seed", type=int, default=3407, help="seed of the random strategies (default: 3407)")
     parser.add_argument("--max-len", type=int, default=4096, help="longest sample in tokens (default: 4096)")
+    parser.add_argument(
+        "--special-tokens-in-content",
+        choices=("keep", "spell_out"),
+        default="spell_out",
+        help="special tokens that contents spell become ids, or are ordinary text (default: spell_out)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="look at the first N records only")
     parser.add_argument("--loss", action="store_true", help="compute each sample's loss terms")
     parser.add_argument("--grad-norms", action="store_true", help="compute its gradient norms as well")
@@ -69,6 +77,8 @@ class Inspected:
         views, ids = self.views, self.sample.input_ids.tolist()
         labels = [token if target else -100 for token, target in zip(ids, self.sample.supervised, strict=True)]
         record: dict[str, Any] = {"index": self.index, "type": self.sample.kind, "input_ids": ids, "labels": labels}
+        if self.sample.special_tokens:
+            record["special_tokens_in_content"] = list(self.sample.special_tokens)
         if self.visible is not None:
             record["student_visible"] = "".join("1" if seen else "0" for seen in self.visible)
         record["rows"] = {
@@ -97,18 +107,26 @@ def run(args: argparse.Namespace) -> int:
         text = json.dumps({"dropped": dropped, "samples": samples}, ensure_ascii=False)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
         print(f"{len(samples)} samples, {len(dropped)} dropped -> {args.json}")
+        print(_summary(args.data, dropped, [sample.get("special_tokens_in_content", []) for sample in samples]))
         return 0
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(_LEGEND)
+    page = console()
+    page.print(_LEGEND, markup=True)
+    spelt = []
     for one in inspected:
-        console.print(_drawing(one, tokenizer))
+        page.print(_drawing(one, tokenizer))
+        spelt.append(one.sample.special_tokens)
     for record in dropped:
-        console.print(
-            f"record {record['index']} dropped: {record['reason']}", style="red", markup=False, soft_wrap=True
-        )
+        page.print(f"record {record['index']} dropped: {record['reason']}", style="red", soft_wrap=True)
+    page.print(str(_summary(args.data, dropped, spelt)), soft_wrap=True)
     return 0
+
+
+def _summary(path: str, dropped: Sequence[dict[str, Any]], spelt: Sequence[Sequence[str]]) -> FileSummary:
+    """The counts of the records that were looked at, as training prints them."""
+    from reflectron.engine.data.store import FileSummary
+
+    reasons = [record["reason"] for record in dropped]
+    return FileSummary.of(path, len(dropped) + len(spelt), reasons, [tokens for tokens in spelt if tokens])
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -122,7 +140,12 @@ def _config(args: argparse.Namespace) -> Config:
         seed=args.seed,
         model=ModelConfig(path=args.model),
         tokenizer=TokenizerConfig(path=args.tokenizer),
-        data=DataConfig(train=(DataFile(path=args.data),), template=args.template, max_length=args.max_len),
+        data=DataConfig(
+            train=(DataFile(path=args.data),),
+            template=args.template,
+            max_length=args.max_len,
+            special_tokens_in_content=args.special_tokens_in_content,
+        ),
         mask=MaskConfig(strategy=args.strategy, order=args.order),
         # Samples are not packed here, so no budget limits their length.
         batch=BatchConfig(tokens_per_microbatch=max(args.max_len, 64)),
@@ -141,24 +164,26 @@ def _inspect(
 ) -> Iterator[Inspected]:
     from reflectron.engine.data.conversation import BadRecord
     from reflectron.engine.data.masking import visible_tokens
-    from reflectron.engine.data.sampler import SampleRef, mask_generator
+    from reflectron.engine.data.sampler import SampleRef, mask_draws
     from reflectron.engine.data.sources import read_records
     from reflectron.engine.data.tokenization import tokenize
     from reflectron.engine.data.views import make_views
 
-    samples = 0
-    for record in read_records(config.data.train[0]):
+    samples, data = 0, config.data
+    for record in read_records(data.train[0]):
         if args.limit is not None and record.index >= args.limit:
             return
         try:
-            sample = tokenize(record.conversation(), tokenizer, config.data.template, config.data.max_length)
+            sample = tokenize(
+                record.conversation(), tokenizer, data.template, data.max_length, data.special_tokens_in_content
+            )
         except BadRecord as error:
             dropped.append({"index": record.index, "reason": str(error)})
             continue
         # As in the first epoch of a training on this file alone, which does not number rejected records.
-        generator = mask_generator(config.seed, SampleRef(0, samples, 0))
+        draws = mask_draws(config.seed, SampleRef(0, samples, 0))
         samples += 1
-        visible = visible_tokens(sample, config.mask, args.rate, generator)
+        visible = visible_tokens(sample, config.mask, args.rate, draws)
         views = make_views(sample, visible)
         loss, grad_norm = measure(views) if measure else (None, None)
         yield Inspected(record.index, sample, visible, views, loss, grad_norm)
@@ -208,7 +233,8 @@ def _drawing(one: Inspected, tokenizer: Tokenizer) -> Any:
     sample, views = one.sample, one.views
     body = Text()
     for style, run in itertools.groupby(zip(_styles(one), sample.input_ids, strict=True), key=lambda pair: pair[0]):
-        body.append(_run_text(tokenizer, [int(token) for _, token in run]), style=style)
+        # Escaped before it is laid out, so that the frame fits.
+        body.append(visible(_run_text(tokenizer, [int(token) for _, token in run])), style=style)
     lines = [
         f"{len(sample.input_ids)} tokens, {int(sample.supervised.sum())} supervised; rows: teacher CE "
         f"{views.ce_teacher_rows}, student CE {views.ce_student_rows}, KL {views.kl_rows}"
@@ -219,7 +245,7 @@ def _drawing(one: Inspected, tokenizer: Tokenizer) -> Any:
         lines.append("  ".join(f"{name} {value:.6f}" for name, value in one.loss.items()))
     if one.grad_norm is not None:
         lines.append(f"gradient norm {one.grad_norm['global']:.6f}")
-    return Panel(Group(body, Text("\n".join(lines), style="bold")), title=f"record {one.index}: {sample.kind}")
+    return Panel(Group(body, Text("\n".join(lines), style="bold")), title=Text(f"record {one.index}: {sample.kind}"))
 
 
 def _styles(one: Inspected) -> list[str]:
@@ -236,4 +262,6 @@ def _styles(one: Inspected) -> list[str]:
 
 def _run_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     # Behind another token, because sentencepiece drops a space at the start of what it decodes.
-    return tokenizer.decode([tokenizer.eos_id, *ids]).removeprefix(tokenizer.decode([tokenizer.eos_id]))
+    text = tokenizer.decode([tokenizer.eos_id, *ids]).removeprefix(tokenizer.decode([tokenizer.eos_id]))
+    # A record may hold what would move the cursor or set the terminal's title.
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

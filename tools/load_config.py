@@ -130,8 +130,9 @@ def _apply_override(tree: DictConfig, override: str) -> None:
         raise ValueError(f"{COMMAND_LINE}: {override!r}, but {_NO_INTERPOLATION}")
     try:
         tree.merge_with_dotlist([override])
-    except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{COMMAND_LINE}: the value of {override!r} is not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else " ".join(str(error).split())
+        raise ValueError(f"{COMMAND_LINE}: the value of {override!r} is not YAML: {problem}") from error
     except (OmegaConfBaseException, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{COMMAND_LINE}: {override!r} cannot be set: {str(error).splitlines()[0]}") from error
 

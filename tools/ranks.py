@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflectron.engine.config import Config, ParallelConfig
+from reflectron.engine.job_lock import LOCK_NAME, JobLock, inherited_lock, lock_folder
 from reflectron.engine.parallel.launch import resolve_environment, spawn_local
 from reflectron.engine.text import printable
 
@@ -19,6 +21,23 @@ if TYPE_CHECKING:
 
 RankBody = Callable[[Config, "RunInputs", "ParallelGroups"], int]
 NothingToDo = Callable[[Config, "RunInputs"], str | None]
+
+
+@contextmanager
+def only_job(config: Config) -> Iterator[JobLock | None]:
+    """Hold the lock of ``output_dir``: in the command that starts ranks, and in rank 0; None in the other ranks.
+
+    Raises:
+        ValueError: when another job holds it.
+    """
+    place = resolve_environment(os.environ)
+    if place is not None and place.rank > 0:
+        yield None
+        return
+    folder = Path(config.output_dir)
+    with inherited_lock(folder / LOCK_NAME) or lock_folder(folder, "output_dir") as lock:
+        os.environ.update(lock.variables())
+        yield lock
 
 
 def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do: NothingToDo | None = None) -> int:
@@ -68,19 +87,22 @@ def _print_notes(inputs: RunInputs) -> None:
 
 
 def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None) -> int:
+    from reflectron.engine.parallel.judge import SLOW_PHASE_FACTOR, WatchdogLimits
+    from reflectron.engine.parallel.notes import Progress
     from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
-    from reflectron.engine.parallel.watchdog import SLOW_PHASE_FACTOR, Watchdog, WatchdogLimits
+    from reflectron.engine.parallel.watchdog import Watchdog
     from reflectron.engine.preparation import open_run_inputs
 
     hang_minutes = config.train.collective_timeout_minutes
-    # The other ranks wait here for the main one, which may still be tokenising. The backends' own time limit says less
-    # than the watchdog, so it comes later.
-    groups = start_process_groups(config.parallel, config.seed, max(30, 2 * SLOW_PHASE_FACTOR * hang_minutes))
     watchdog = Watchdog(
-        groups.progress,
+        Progress(),
         WatchdogLimits(hang_s=60 * hang_minutes, silence_s=config.train.heartbeat_timeout_seconds),
     )
     try:
+        # The other ranks wait here for the main one, which may still be tokenising. The backends' own time limit says
+        # less than the watchdog, so it comes later.
+        groups = start_process_groups(config.parallel, config.seed, max(30, 2 * SLOW_PHASE_FACTOR * hang_minutes))
+        groups = replace(groups, progress=watchdog.progress)
         inputs = open_run_inputs(config)
         if nothing_to_do is not None and (reason := nothing_to_do(config, inputs)):
             if groups.is_main:
@@ -88,6 +110,9 @@ def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None)
             code = 0
         else:
             code = body(config, inputs, groups)
+        # Once no rank is watched any more, nobody can miss one that does not arrive.
+        groups.progress.enter("leaving the job")
+        groups.barrier()
     except Exception as error:
         watchdog.last_words(error)
     watchdog.stop()
@@ -129,4 +154,5 @@ def _start_ranks(config: Config, words: list[str]) -> int:
         processes,
         threads_per_process=max((os.cpu_count() or 1) // processes, 1),
         log_dir=Path(config.output_dir) / "logs",
+        silence_s=config.train.heartbeat_timeout_seconds,
     )

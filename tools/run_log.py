@@ -7,14 +7,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from reflectron.engine.config import Config
 from reflectron.engine.data.global_batch import SampleId
+from reflectron.engine.files import write_text
 from reflectron.engine.metrics import MetricsLog, StepMetrics, read_rows
 from reflectron.engine.nonfinite import Finding
 from reflectron.engine.spikes import Spike, SpikeDetector
+from reflectron.engine.terminal import console
 from reflectron.engine.train_step import LossTerms
 from reflectron.tools.load_config import to_yaml
 from reflectron.tools.plot_run import plot_run
@@ -34,25 +35,29 @@ class RunLog:
         self.folder = Path(config.output_dir)
         self.metrics = MetricsLog(config, first_step)
         window = config.train.spike_window
-        losses = [row["loss"] for row in read_rows(self.folder / "metrics.jsonl")[-window:] if row["loss"] is not None]
+        rows = read_rows(self.folder / "metrics.jsonl")[-window:]
+        losses = [row["loss"] for row in rows if row.get("loss") is not None]
         self.spikes = SpikeDetector(window, config.train.spike_threshold, losses)
-        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        # A path may hold brackets, which are no markup.
-        self.console = Console(markup=False, highlight=False)
+        write_text(self.folder / "config.yaml", to_yaml(config))
+        self.console = console()
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.console,
+            # What others print meanwhile must not be read for escape sequences.
+            redirect_stdout=False,
+            redirect_stderr=False,
             disable=not sys.stdout.isatty(),
         )
         self.task = self.progress.add_task("", total=total_steps, completed=first_step)
         self.progress.start()
         self.seconds = 0.0
+        self._show_notes()
 
     def line(self, text: str) -> None:
         """Show something that happened beside the steps."""
@@ -67,6 +72,7 @@ class RunLog:
         """
         waited = self.metrics.waiting
         self.metrics.write(row)
+        self._show_notes()
         if self.metrics.waiting and not waited:
             self.line(f"rows wait in memory until they can be written, training goes on: {self.metrics.waiting}")
         if not row.skipped and (spike := self.spikes.look(row.loss)):
@@ -79,6 +85,10 @@ class RunLog:
             seconds_per_step = self.seconds / (row.step - self.first_step)
             left = timedelta(seconds=round(seconds_per_step * (self.total_steps - row.step)))
             self.line(f"step {row.step}/{self.total_steps}  {text}  eta {left}")
+
+    def _show_notes(self) -> None:
+        while self.metrics.notes:
+            self.line(self.metrics.notes.pop(0))
 
     def _note_spike(self, row: StepMetrics, spike: Spike, samples: list[SampleId]) -> None:
         self.line(
@@ -122,7 +132,7 @@ class RunLog:
         """Plot the run and say where everything is."""
         self.close()
         plot = plot_run(self.folder)
-        rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["loss"] is not None]
+        rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row.get("loss") is not None]
         curve = f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}" if rows else "no finite loss"
         self.line(
             f"\n{curve} in {self.total_steps} steps\n"

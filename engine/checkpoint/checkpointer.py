@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from reflectron.engine.checkpoint.manifest import (
     digest_file,
     write_manifest,
 )
+from reflectron.engine.checkpoint.on_main import WRITE_ERRORS, error_on_main, file_error, from_main
 from reflectron.engine.checkpoint.retention import (
     checkpoints_folder,
     commit,
@@ -36,14 +37,13 @@ from reflectron.engine.checkpoint.retention import (
     remove_surplus,
     step_folder,
 )
+from reflectron.engine.checkpoint.space import with_framing
 from reflectron.engine.checkpoint.training_state import TrainingState
 from reflectron.engine.config import Config
-from reflectron.engine.data.shard import sync
+from reflectron.engine.files import free_bytes, gib, sync
+from reflectron.engine.job_lock import JobLock
 from reflectron.engine.parallel.process_groups import ParallelGroups
-from reflectron.engine.text import printable
 
-# For the index and the framing of the tensors, beside 2 % of their bytes.
-_SPARE_BYTES = 1 << 20
 _PACKAGES = ("reflectron", "torch", "megatron-core", "transformers", "numpy")
 
 
@@ -68,8 +68,8 @@ class _Save:
             self.results = self.planned.write()
             names = {result.storage_data.relative_path for result in self.results}
             self.digests = {name: digest_file(self.planned.folder / name) for name in names}
-        except (OSError, RuntimeError) as failure:
-            self.error = _one_line(failure)
+        except WRITE_ERRORS as failure:
+            self.error = file_error(failure)
 
 
 class Checkpointer:
@@ -81,6 +81,7 @@ class Checkpointer:
         identity: what determines the run.
         backends: what computes it, noted in every checkpoint.
         report: told a line about every save, on every rank alike.
+        lock: on the main rank, of ``output_dir``; None where nobody else can write there.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Checkpointer:
         identity: dict[str, Any],
         backends: dict[str, str],
         report: Callable[[str], None],
+        lock: JobLock | None = None,
     ) -> None:
         self.config, self.state, self.identity, self.backends, self.report = config, state, identity, backends, report
+        self.lock = lock
         self.root = checkpoints_folder(config.output_dir)
         self._saving: _Save | None = None
 
@@ -104,7 +107,9 @@ class Checkpointer:
         """Save the state after ``step`` steps; with ``checkpoint.asynchronous`` only begin to."""
         self.wait()
         asynchronous = self.config.checkpoint.asynchronous
-        planned = plan_save(self.state, partial_folder(self.root, step), copy=asynchronous)
+        # The name is random.
+        folder = Path(from_main(str(partial_folder(self.root, step))))
+        planned = plan_save(self.state, folder, copy=asynchronous)
         if error := self._make_room(planned):
             self._report_failure(step, error)
             return
@@ -142,18 +147,18 @@ class Checkpointer:
         """Make the folder if there is space for all; the error of the main rank otherwise, on every rank."""
         size = torch.tensor(planned.bytes, dtype=torch.int64, device=self.state.groups.device)
         dist.all_reduce(size)
-        needed = int(size.item() * 1.02) + _SPARE_BYTES
+        needed = with_framing(int(size.item()))
 
         def make() -> str:
             self.root.mkdir(parents=True, exist_ok=True)
             remove_partial(self.root)
-            free = shutil.disk_usage(self.root).free
+            free = free_bytes(self.root)
             if needed > free:
-                return f"it needs {_gib(needed)}, and {_gib(free)} are free on the disk of {self.root}"
+                return f"it needs {gib(needed)}, and {gib(free)} are free on the disk of {self.root}"
             planned.folder.mkdir()
             return ""
 
-        return self._on_main(make)
+        return error_on_main(make)
 
     def _finish(self) -> None:
         """Commit what all ranks have written, or remove it."""
@@ -170,7 +175,7 @@ class Checkpointer:
             self._commit(save, [results for results, _, _ in outcomes], [digests for _, digests, _ in outcomes])
             return ""
 
-        if error := self._on_main(end):
+        if error := error_on_main(end):
             if dist.get_rank() == 0:
                 remove_partial(self.root)
             self._report_failure(save.step, error)
@@ -200,20 +205,12 @@ class Checkpointer:
                 backends=self.backends,
             ),
         )
-        commit(self.root, save.step)
+        if self.lock is not None:
+            # Saving takes minutes, in which this job may have been suspended.
+            self.lock.check()
+        commit(self.root, save.step, folder)
         keep = self.config.checkpoint
         remove_surplus(self.root, save.step, keep.keep_last, keep.keep_every)
-
-    def _on_main(self, action: Callable[[], str]) -> str:
-        """Run ``action`` on the main rank; every rank learns the error that it returned or raised."""
-        error = [""]
-        if dist.get_rank() == 0:
-            try:
-                error = [action()]
-            except (OSError, RuntimeError) as failure:
-                error = [_one_line(failure)]
-        dist.broadcast_object_list(error)
-        return error[0]
 
     def _report_failure(self, step: int, error: str) -> None:
         self.report(f"the checkpoint of step {step} could not be written, training goes on: {error}")
@@ -232,17 +229,3 @@ def parallel_layout(groups: ParallelGroups, chunks: int) -> dict[str, int]:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def _one_line(error: BaseException) -> str:
-    # torch's writer follows an OSError of the stream with a RuntimeError of its own.
-    cause = error
-    while not isinstance(cause, OSError) and cause.__context__ is not None:
-        cause = cause.__context__
-    if isinstance(cause, OSError) and cause.strerror:
-        return f"{cause.filename}: {cause.strerror}" if cause.filename else cause.strerror
-    return printable((str(error).splitlines() or [type(error).__name__])[0])
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -6,22 +6,22 @@ for Hugging Face tensors. It needs no process groups and holds no more than one 
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from reflectron.engine.checkpoint.dist_metadata import METADATA_FILE, check_whole
+from reflectron.engine.checkpoint.dist_reader import DistReader
 from reflectron.engine.checkpoint.hf_table import CheckpointTensor, checkpoint_tensors
 from reflectron.engine.checkpoint.sources import SafetensorsSource
 from reflectron.engine.checkpoint.tensor_names import check_names, check_tied_output, expected_names, listed
 from reflectron.engine.model.families import Architecture
 
-METADATA_FILE, ADAPTER_FILE = ".metadata", "adapter_config.json"
+ADAPTER_FILE = "adapter_config.json"
 # Keys of the model's own parameters, beside those of the optimizer and of the run.
 _PARAMETERS = ("decoder.", "embedding.", "output_layer.")
 
@@ -63,15 +63,8 @@ class DistSource:
 
     def __init__(self, folder: str | Path, arch: Architecture) -> None:
         self.folder = Path(folder)
-        self._reader = FileSystemReader(self.folder)
-        try:
-            self._metadata: Metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(
-                f"{self.folder / METADATA_FILE} cannot be read: {error}; expected a folder that "
-                "megatron-core's dist_checkpointing wrote"
-            ) from None
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._reader = DistReader(self.folder)
+        self._metadata = self._reader.read_metadata()
         self._places = {piece.name: (tensor, piece) for tensor in checkpoint_tensors(arch) for piece in tensor.pieces}
         self._last: tuple[CheckpointTensor, torch.Tensor] | None = None
 
@@ -122,6 +115,7 @@ class DistSource:
         stored = self._metadata.state_dict_metadata.get(tensor.key)
         if not isinstance(stored, TensorStorageMetadata):
             raise ValueError(f"{self.folder} has no tensor {tensor.key}: it holds another architecture")
+        check_whole(f"{self.folder}: {tensor.key}", stored)
         return stored
 
     def _whole(self, tensor: CheckpointTensor) -> torch.Tensor:
@@ -138,10 +132,7 @@ class DistSource:
             raise ValueError(f"{self.folder}: {tensor.key} has shape {list(found)}, expected {list(expected)}")
         target = torch.empty(part.sizes, dtype=stored.properties.dtype)
         items = create_read_items_for_chunk_list(tensor.key, stored, [part])
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{self.folder}: {tensor.key} cannot be read: {error}; copy the folder again") from None
+        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         return target.view(tensor.shape)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
@@ -24,12 +23,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from reflectron.engine.checkpoint.dist_load import load_checkpoint
 from reflectron.engine.checkpoint.training_state import CONTENT, TrainingState
 
 
@@ -153,7 +152,7 @@ def load(state: TrainingState, folder: Path, *, updates: int, same_layout: bool)
         same_layout: as many ranks in the same places wrote it, so that random generators continue, too.
 
     Raises:
-        megatron.core.dist_checkpointing.core.CheckpointingException: when a tensor is missing or has another shape.
+        ValueError: in one line, when a tensor is missing, has another shape or is none.
     """
     wanted = state.sharded_state(loading=True, rng=same_layout)
-    state.restore(dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED), updates)
+    state.restore(load_checkpoint(wanted, folder), updates)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from reflectron.engine.checkpoint.hf_folder import ExportFiles, file_name, plan_files, write_index
 from reflectron.engine.checkpoint.hf_table import HfPiece, hf_pieces, tied_copy
+from reflectron.engine.checkpoint.on_main import WRITE_ERRORS, file_error, first_error
 from reflectron.engine.checkpoint.sources import TensorSource
 from reflectron.engine.model.families import Architecture
 from reflectron.engine.model.gpt import PackedGPT
@@ -78,7 +79,7 @@ def export_weights(
     """Write the model as safetensors into ``folder``; every rank calls it, files appear when complete.
 
     Raises:
-        OSError: when a file cannot be written.
+        OSError: on every rank alike, when a file cannot be written on one of them.
     """
     # The first replica writes; a tied output layer on a later stage is a copy of the embedding.
     copy = tied_copy(chunks, arch)
@@ -95,6 +96,7 @@ def export_weights(
     total = sum(len(plan.names) for plan in plans)
     writes = groups.replicas.rank() == 0 and groups.tensor.rank() == 0
     by_name = {piece.name: (parameter, piece) for parameter, piece in pieces}
+    error = ""
     for index, names in enumerate(mine.names):
         gathered = {}
         for name in names:
@@ -102,9 +104,14 @@ def export_weights(
             whole = gather_piece(piece.view(parameter.detach()), piece, groups)
             if writes:
                 gathered[name] = whole.to("cpu", copy=True).contiguous()
-        if writes:
-            _write(gathered, folder / file_name(first + index, total))
-    groups.barrier()
+        # The others wait in the gathering of the next tensor, so an error must not end the loop.
+        if writes and not error:
+            try:
+                _write(gathered, folder / file_name(first + index, total))
+            except WRITE_ERRORS as failure:
+                error = file_error(failure)
+    if error := first_error(error):
+        raise OSError(error)
     if groups.is_main and total > 1:
         write_index([names for plan in plans for names in plan.names], sum(plan.total_bytes for plan in plans), folder)
 

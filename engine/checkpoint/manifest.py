@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from reflectron.engine.files import write_text
+from reflectron.engine.text import printable
 
 MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1
 
 
 class DamagedCheckpoint(ValueError):
-    """Names the file that is missing, cut short or changed."""
+    """Names the file that is missing, cut short, changed, or of a format that this version does not know."""
 
 
 @dataclass(frozen=True)
@@ -78,33 +80,47 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         OSError: when it cannot be written.
     """
     content = {"format_version": _FORMAT_VERSION} | asdict(manifest)
-    text = json.dumps({"sha256": _checksum(content), **content}, indent=2) + "\n"
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(folder / MANIFEST, json.dumps({"sha256": _checksum(content), **content}, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
     Raises:
-        DamagedCheckpoint: when it is missing, cut short or changed.
+        DamagedCheckpoint: when it is missing, cut short, changed, or of another version.
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         intact = content.pop("sha256") == _checksum(content)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
-    except (ValueError, KeyError, AttributeError):
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    # No JSON, none that is an object, none of this depth.
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise DamagedCheckpoint(f"{path} is damaged: its content is not what its checksum says")
-    if (version := content.pop("format_version")) != _FORMAT_VERSION:
-        raise DamagedCheckpoint(f"{path} has format version {version}, expected {_FORMAT_VERSION}")
+    if (version := content.pop("format_version", None)) != _FORMAT_VERSION:
+        raise DamagedCheckpoint(f"{path} has format version {printable(version)}, expected {_FORMAT_VERSION}")
+    try:
+        return _parsed(content)
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path} does not hold what a manifest does: {printable(error)}") from None
+
+
+def _parsed(content: dict[str, Any]) -> Manifest:
     files = {name: FileDigest(**file) for name, file in content["files"].items()}
-    return Manifest(**content | {"files": files, "skipped": SkippedSteps(**content.get("skipped", {}))})
+    manifest = Manifest(**content | {"files": files, "skipped": SkippedSteps(**content.get("skipped", {}))})
+    numbers = (manifest.step, manifest.skipped.total, manifest.skipped.in_a_row, *(f.bytes for f in files.values()))
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a count is no number")
+    if not all(isinstance(part, dict) for part in (manifest.run, manifest.layout, manifest.config)):
+        raise ValueError("run, layout or config is no object")
+    if any(Path(name).name != name for name in files):
+        raise ValueError("a name of a file leads out of the folder")
+    return manifest
 
 
 def check_file(path: Path, expected: FileDigest) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from reflectron.engine.checkpoint.manifest import DamagedCheckpoint, Manifest, check_file, read_manifest
-from reflectron.engine.checkpoint.retention import step_folder, steps_to_try
+from reflectron.engine.checkpoint.retention import Candidates, step_folder, steps_to_try
 from reflectron.engine.checkpoint.run_identity import check_same_run
 
 
@@ -22,7 +22,7 @@ class ResumePoint:
     manifest: Manifest
     """Its manifest."""
     damaged: tuple[str, ...]
-    """What is wrong with the newer ones, a line each."""
+    """What is wrong with ``latest`` and with the newer ones, a line each."""
 
 
 def find_resume_point(root: Path, identity: dict[str, Any]) -> ResumePoint | None:
@@ -39,15 +39,18 @@ def find_resume_point(root: Path, identity: dict[str, Any]) -> ResumePoint | Non
         ValueError: when all are damaged, naming the files, or when they are another run's.
     """
     # One rank looks: a shared file system may show each machine another state of a folder.
-    steps: list[Any] = [steps_to_try(root) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(steps)
+    found_there: list[Any] = [steps_to_try(root) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found_there)
+    candidates: Candidates = found_there[0]
+    notes = [candidates.note] if candidates.note else []
     damaged: list[str] = []
-    for step in steps[0]:
+    for step in candidates.steps:
         folder = step_folder(root, step)
         found = _read_intact(folder)
         if isinstance(found, Manifest):
             check_same_run(found.run, identity, folder)
-            return ResumePoint(folder, found, tuple(damaged))
+            used = [f"{line}; the checkpoint before it is used" for line in damaged]
+            return ResumePoint(folder, found, (*notes, *used))
         damaged.append(found)
     if damaged:
         raise ValueError(

@@ -2,17 +2,18 @@
 
 ``step_00000012/`` is a complete checkpoint; ``latest`` holds the name of the one to continue from; what ends in
 ``.partial`` is being written or removed. Renames make each change whole or absent, so that a run can be killed at any
-moment.
+moment; whatever ``latest`` became, the complete checkpoints beside it are found.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from reflectron.engine.data.shard import sync
+from reflectron.engine.files import remove, sync, temporary_name
+from reflectron.engine.text import printable
 
 _STEP = re.compile(r"step_(\d{8,})")
 _LATEST = "latest"
@@ -29,8 +30,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def partial_folder(root: Path, step: int) -> Path:
-    """Where that checkpoint is written before it is complete."""
-    return root / f"step_{step:08d}.partial"
+    """A new name for the folder in which that checkpoint is written before it is complete."""
+    return root / temporary_name(step_folder(root, step).name, "partial")
 
 
 def saved_steps(root: Path) -> list[int]:
@@ -41,35 +42,62 @@ def saved_steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def steps_to_try(root: Path) -> list[int]:
-    """The latest checkpoint and those before it, newest first; none without ``latest``."""
+@dataclass(frozen=True)
+class Candidates:
+    """Where a run may resume."""
+
+    steps: tuple[int, ...]
+    """Of complete checkpoints, the one to try first at the front."""
+    note: str = ""
+    """What is wrong with ``latest``, in a line."""
+
+
+def steps_to_try(root: Path) -> Candidates:
+    """The latest checkpoint and those before it, newest first; all of them where ``latest`` cannot be trusted."""
+    saved, latest = saved_steps(root)[::-1], root / _LATEST
+    if not saved:
+        return Candidates(())
     try:
-        match = _STEP.fullmatch((root / _LATEST).read_text(encoding="utf-8").strip())
-    except FileNotFoundError:
-        return []
-    if match is None:
-        raise ValueError(f"{root / _LATEST} names no checkpoint, expected a line such as step_00000012")
-    return [step for step in reversed(saved_steps(root)) if step <= int(match[1])]
+        with latest.open("rb") as file:
+            # More is no name; a device or a huge file is not read.
+            text = file.read(100).decode()
+        match = _STEP.fullmatch(text.strip())
+        wrong = "" if match else f"names no checkpoint ('{printable(text, 40)}')"
+        if match and int(match[1]) not in saved:
+            wrong = f"names {match[0]}, which is not there"
+    except UnicodeDecodeError:
+        wrong = "names no checkpoint"
+    except OSError as error:
+        wrong = f"cannot be read: {error.strerror}"
+    if wrong:
+        return Candidates(tuple(saved), f"{latest} {wrong}; the newest intact checkpoint is taken")
+    assert match is not None, "else something is wrong"
+    return Candidates(tuple(step for step in saved if step <= int(match[1])))
 
 
-def commit(root: Path, step: int) -> None:
-    """Make a finished partial folder the latest checkpoint.
+def commit(root: Path, step: int, partial: Path) -> None:
+    """Make the finished folder ``partial`` the latest checkpoint.
 
     One of the same step, left by a run that was continued from before it, is replaced.
 
     Raises:
         OSError: when the folder cannot be changed.
     """
-    target, pointer = step_folder(root, step), root / f"{_LATEST}.partial"
-    # What needs space on the disk comes before the renames.
-    pointer.write_text(target.name + "\n", encoding="utf-8")
-    sync(pointer)
-    sync(partial_folder(root, step))
-    shutil.rmtree(target, ignore_errors=True)
-    partial_folder(root, step).rename(target)
-    sync(root)
-    pointer.replace(root / _LATEST)
-    sync(root)
+    target, pointer = step_folder(root, step), root / temporary_name(_LATEST)
+    try:
+        # What needs space on the disk comes before the renames.
+        pointer.write_text(target.name + "\n", encoding="utf-8")
+        sync(pointer)
+        sync(partial)
+        remove(target)
+        partial.rename(target)
+        sync(root)
+        if (root / _LATEST).is_dir() and not (root / _LATEST).is_symlink():
+            (root / _LATEST).rename(root / temporary_name(_LATEST, "partial"))
+        pointer.replace(root / _LATEST)
+        sync(root)
+    finally:
+        remove(pointer)
 
 
 def remove_surplus(root: Path, step: int, keep_last: int, keep_every: int) -> None:
@@ -81,9 +109,9 @@ def remove_surplus(root: Path, step: int, keep_last: int, keep_every: int) -> No
 
 
 def remove_partial(root: Path) -> None:
-    """Delete what interrupted saves and removals have left."""
-    for path in root.glob("step_*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what interrupted saves and removals have left; only the job that holds the run's folder may."""
+    for path in (*root.glob("step_*.partial"), *root.glob(f"{_LATEST}.*")):
+        remove(path)
 
 
 def surplus(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
@@ -98,5 +126,5 @@ def set_aside(root: Path) -> None:
     """Start over: the checkpoints so far become ``checkpoints.previous``, in place of older ones."""
     if root.exists():
         previous = root.with_name(root.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
+        remove(previous)
         root.rename(previous)

@@ -1,7 +1,7 @@
 """What determines a run, key by key: a folder that holds one run must not be continued by another.
 
 Two configurations with the same identity train the same curve, up to rounding: the parallel layout, the token budget,
-the number of workers and where files lie are not part of it.
+the number of workers and where files lie are not part of it; what the files hold is.
 """
 
 from __future__ import annotations
@@ -11,49 +11,91 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from reflectron.engine.checkpoint.manifest import DamagedCheckpoint, read_manifest
 from reflectron.engine.checkpoint.retention import checkpoints_folder, set_aside, step_folder, steps_to_try
+from reflectron.engine.checkpoint.weights_identity import weights_identity
 from reflectron.engine.config import Config
+from reflectron.engine.data.draws import DRAWS_VERSION
+from reflectron.engine.files import remove, write_text
 from reflectron.engine.preparation import RunInputs
 
 _FINISHED = "finished.json"
-# Who computes something, and where.
-_PLACEMENT = ("loss.backend", "optimizer.cpu_offload_fraction")
+# Everything else in a configuration is part of the identity, so that a new key is, until someone decides otherwise.
+NOT_IDENTITY = frozenset(
+    {
+        # Where things are, who computes them, and how much at once.
+        "output_dir",
+        "parallel",
+        "backends",
+        "loss.backend",
+        "optimizer.cpu_offload_fraction",
+        "batch.tokens_per_microbatch",
+        "model.make_vocab_size_divisible_by",
+        "data.store_dir",
+        "data.workers",
+        # What watches the run and records it.
+        "data.validation",
+        "data.max_reject_share",
+        "eval",
+        "checkpoint",
+        "train.validate_every",
+        "train.tensorboard",
+        "train.wandb_project",
+        "train.collective_timeout_minutes",
+        "train.heartbeat_timeout_seconds",
+        "train.spike_threshold",
+        "train.spike_window",
+        "train.max_skipped_steps",
+        # Files and folders, which count by their content.
+        "model.path",
+        "model.config",
+        "tokenizer.path",
+        "data.train.path",
+        # One of the two decides.
+        "train.epochs",
+    }
+)
+# A checkpoint that does not name them is of the version before there were others.
+_VERSIONS = ("random draws (version)",)
 
 
 def run_identity(config: Config, inputs: RunInputs) -> dict[str, Any]:
     """By configuration key, what a continued run must have in common with the run so far; plain JSON values."""
     assert inputs.train is not None, "a run has training files"
-    data, train = config.data, config.train
+    store, train = inputs.train, config.train
     identity: dict[str, Any] = {
-        "seed": config.seed,
-        "model.path": _name(config.model.path),
-        "model.config": _name(config.model.config),
-        "model.dtype": config.model.dtype,
-        "model.fp8": config.model.fp8,
+        **_settings(dataclasses.asdict(config)),
+        "train.epochs": None if train.steps else train.epochs,
+        "model.path (SHA-256 of the weights)": weights_identity(config.model.path) if config.model.path else None,
         **{f"{name} of the model": value for name, value in dataclasses.asdict(inputs.model.arch).items()},
         "tokenizer.path (SHA-256 of the content)": inputs.model.tokenizer.fingerprint,
-        "data.template": data.template,
-        "data.max_length": data.max_length,
-        "data.train (repeats)": [file.repeat for file in data.train],
-        "data.train (SHA-256 of the content)": inputs.train.fingerprint,
-        "batch.global_batch_size": config.batch.global_batch_size,
-        "train.steps": train.steps,
-        "train.epochs": None if train.steps else train.epochs,
+        "data.train (samples of each file)": np.bincount(store.file_index, minlength=len(config.data.train)).tolist(),
+        "data.train (SHA-256 of the content)": store.fingerprint,
+        "random draws (version)": DRAWS_VERSION,
     }
-    for section in ("mask", "loss", "optimizer", "lr_schedule"):
-        values = dataclasses.asdict(getattr(config, section))
-        identity |= {f"{section}.{key}": value for key, value in values.items()}
-    for key in _PLACEMENT:
-        del identity[key]
     # As it comes back from a file, where tuples are lists.
     plain: dict[str, Any] = json.loads(json.dumps(identity))
     return plain
 
 
-def _name(path: str | None) -> str | None:
-    # The folder above differs between machines.
-    return Path(path).resolve().name if path else None
+def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key of a configuration that is not ``NOT_IDENTITY``, by its dotted name; of a list, a list of values."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in NOT_IDENTITY:
+            continue
+        if isinstance(value, dict):
+            found |= _settings(value, f"{key}.")
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+            for part in value:
+                for inner, one in _settings(part, f"{key}.").items():
+                    found.setdefault(inner, []).append(one)
+        else:
+            found[key] = value
+    return found
 
 
 def check_same_run(found: dict[str, Any], identity: dict[str, Any], where: Path) -> None:
@@ -62,6 +104,7 @@ def check_same_run(found: dict[str, Any], identity: dict[str, Any], where: Path)
     Raises:
         ValueError: naming the first key that differs, both values and what to do.
     """
+    found = dict.fromkeys(_VERSIONS, 1) | found
     # A key that an older version did not know had its default.
     for key in [key for key in identity if key in found]:
         if found[key] != identity[key]:
@@ -83,15 +126,14 @@ def look_into_folder(config: Config, inputs: RunInputs) -> str | None:
     if config.checkpoint.resume == "never":
         return None
     identity, finished = run_identity(config, inputs), Path(config.output_dir) / _FINISHED
-    if finished.exists():
-        content = json.loads(finished.read_text(encoding="utf-8"))
+    if (content := _read_finished(finished)) is not None:
         check_same_run(content["run"], identity, finished)
         return (
             f"{config.output_dir}: this run finished after step {content['step']}; "
             "checkpoint.resume=never trains it again"
         )
     root = checkpoints_folder(config.output_dir)
-    for step in steps_to_try(root):
+    for step in steps_to_try(root).steps:
         try:
             check_same_run(read_manifest(step_folder(root, step)).run, identity, step_folder(root, step))
         except DamagedCheckpoint:
@@ -101,13 +143,22 @@ def look_into_folder(config: Config, inputs: RunInputs) -> str | None:
     return None
 
 
+def _read_finished(path: Path) -> dict[str, Any] | None:
+    """What ``mark_finished`` wrote; None when it did not, or the file is damaged: then the export is made again."""
+    try:
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content["run"], dict) and type(content["step"]) is int else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def mark_finished(config: Config, identity: dict[str, Any], step: int) -> None:
     """Note that the run of ``step`` updates is complete, its export included."""
     content = {"step": step, "run": identity}
-    (Path(config.output_dir) / _FINISHED).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(config.output_dir) / _FINISHED, json.dumps(content, indent=2) + "\n")
 
 
 def start_over(config: Config) -> None:
     """As a run begins anew: set aside what would make a later start believe that it had come further."""
-    (Path(config.output_dir) / _FINISHED).unlink(missing_ok=True)
+    remove(Path(config.output_dir) / _FINISHED)
     set_aside(checkpoints_folder(config.output_dir))

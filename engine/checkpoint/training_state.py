@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,8 @@ class TrainingState:
         """
         if self._is_distributed:
             gather_parameters(self._part.model_chunks)
+        if not loading:
+            self._begin_optimizer()
         metadata = CONTENT | {"dp_cp_group": self.groups.replicas}
         model = {
             _key(index): _without_states_of_norms(chunk.sharded_state_dict(metadata=metadata))
@@ -87,14 +89,11 @@ class TrainingState:
             updates: of the weights before this state.
         """
         config = self.chunks[0].config
-        if config.fp8 and config.fp8_recipe == "delayed":
-            # Scales are pickled, and transformer-engine (2.20) loads them only from what is trusted: this is the run's
-            # own file, and was found as it was written.
-            os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
-        for index, chunk in enumerate(self.chunks):
-            missing, unexpected = chunk.load_state_dict(loaded["model"][_key(index)], strict=False)
-            assert not unexpected, unexpected
-            assert all(key.endswith(_STATE_OF_NORM) for key in missing), missing
+        with trusted_scales() if config.fp8 and config.fp8_recipe == "delayed" else nullcontext():
+            for index, chunk in enumerate(self.chunks):
+                missing, unexpected = chunk.load_state_dict(loaded["model"][_key(index)], strict=False)
+                assert not unexpected, unexpected
+                assert all(key.endswith(_STATE_OF_NORM) for key in missing), missing
         if self._is_distributed:
             self._restore_distributed(loaded["optimizer"])
         else:
@@ -133,10 +132,23 @@ class TrainingState:
             self._part.init_state_fn(inner, self._part.config)
         return inner
 
+    def _begin_optimizer(self) -> None:
+        """Give an optimizer that has not made an update yet the state from which its first one starts.
+
+        So the steps so far may all have been skipped.
+        """
+        parts = self._torch_optimizers()
+        if not any(part.state[p] for part in parts for group in part.param_groups for p in group["params"]):
+            self._initialize()
+            self._set_step(0)
+
+    def _torch_optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        inner = self._part.optimizer
+        return inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner]
+
     def _set_step(self, step: int) -> None:
         """Give every parameter a count of its own: torch's AdamW counts in place, so that a shared one counts twice."""
-        inner = self._part.optimizer
-        for optimizer in inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner]:
+        for optimizer in self._torch_optimizers():
             if isinstance(optimizer, Adafactor):
                 for state in optimizer.state.values():
                     state["step"] = step
@@ -274,6 +286,21 @@ def _average_share(
         split=split,
         replica_id=(copy, groups.tensor.rank(), groups.replicas.rank()),
     )
+
+
+@contextmanager
+def trusted_scales() -> Iterator[None]:
+    """Let transformer-engine (2.20) unpickle the scales of float8, which are a run's own and found as it wrote them."""
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _unseen_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -18,7 +18,7 @@ from reflectron.engine.data.context_split import share_of_pack
 from reflectron.engine.data.masking import mask_rate, visible_tokens
 from reflectron.engine.data.microbatch import Microbatch, pack, page_locked
 from reflectron.engine.data.packing import CostModel, microbatch_multiple, packing_sizes, plan_packs
-from reflectron.engine.data.sampler import SampleOrder, SampleRef, mask_generator
+from reflectron.engine.data.sampler import SampleOrder, SampleRef, mask_draws
 from reflectron.engine.data.store import TokenStore
 from reflectron.engine.data.views import SampleViews, SampleWeights, make_views, row_weights
 
@@ -94,7 +94,7 @@ def views_of_step(
 
     def views(ref: SampleRef) -> SampleViews:
         sample = store[ref.sample]
-        return make_views(sample, visible_tokens(sample, config.mask, rate, mask_generator(config.seed, ref)))
+        return make_views(sample, visible_tokens(sample, config.mask, rate, mask_draws(config.seed, ref)))
 
     return [views(ref) for ref in order.global_batch(step, config.batch.global_batch_size, epochs)]
 
@@ -233,6 +233,8 @@ class GlobalBatches:
         For a CUDA ``device`` they lie in page-locked memory, so that the host need not wait while they are copied.
         """
         cuda = device is not None and device.type == "cuda"
+        if first >= self.total_steps:
+            return
 
         def prepare(step: int) -> GlobalBatch:
             batch = self.batch(step)

@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from reflectron.engine.config import MaskConfig
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.tokenization import TokenizedSample
 
 _BLOCK_TYPES = {"t": 0, "c": 1, "e": 2}
@@ -25,16 +26,14 @@ def mask_rate(step: int, total_steps: int) -> float:
     return min((step + 1) / total_steps, 1.0)
 
 
-def visible_tokens(
-    sample: TokenizedSample, mask: MaskConfig, rate: float, generator: np.random.Generator
-) -> np.ndarray | None:
+def visible_tokens(sample: TokenizedSample, mask: MaskConfig, rate: float, draws: Draws) -> np.ndarray | None:
     """What the student sees of ``sample``: bool [N], or None for a generation sample, which has no student.
 
     Args:
         sample: tokens and blocks.
         mask: strategy, and the order of block types for ``block``.
         rate: mask rate, 0 to 1.
-        generator: drawn from by the random strategies only; key it by seed, epoch and sample.
+        draws: used by the random strategies only; keyed by seed, epoch and sample.
     """
     if sample.kind == "generation":
         return None
@@ -44,13 +43,11 @@ def visible_tokens(
     visible = np.arange(length) >= sample.prefix_end
     if len(sample.blocks):
         start, end = sample.blocks[0, 1], sample.blocks[-1, 2]
-        visible[start:end] = _visible_reflection(sample.blocks, mask, rate, generator)
+        visible[start:end] = _visible_reflection(sample.blocks, mask, rate, draws)
     return visible
 
 
-def _visible_reflection(
-    blocks: np.ndarray, mask: MaskConfig, rate: float, generator: np.random.Generator
-) -> np.ndarray:
+def _visible_reflection(blocks: np.ndarray, mask: MaskConfig, rate: float, draws: Draws) -> np.ndarray:
     """Visibility of the tokens of the reflection sequence, whose ``blocks`` adjoin each other."""
     lengths = blocks[:, 2] - blocks[:, 1]
     n_blocks, n_tokens = len(blocks), int(lengths.sum())
@@ -62,18 +59,18 @@ def _visible_reflection(
     if mask.strategy == "sequential_block":
         return np.repeat(np.arange(n_blocks) >= math.ceil(n_blocks * rate), lengths)
     if mask.strategy == "random_block":
-        return np.repeat(_all_but_drawn(n_blocks, rate, generator), lengths)
+        return np.repeat(_all_but_drawn(n_blocks, rate, draws), lengths)
     if mask.strategy == "sequential_token":
         return np.arange(n_tokens) >= math.ceil(n_tokens * rate)
     assert mask.strategy == "random_token"
-    return _all_but_drawn(n_tokens, rate, generator)
+    return _all_but_drawn(n_tokens, rate, draws)
 
 
 def _hidden_type_count(rate: float) -> int:
     return 1 + (rate >= _SECOND_TYPE_FROM) + (rate >= _THIRD_TYPE_FROM)
 
 
-def _all_but_drawn(count: int, rate: float, generator: np.random.Generator) -> np.ndarray:
+def _all_but_drawn(count: int, rate: float, draws: Draws) -> np.ndarray:
     kept = np.ones(count, dtype=bool)
-    kept[generator.choice(count, math.ceil(count * rate), replace=False)] = False
+    kept[draws.order(count)[: math.ceil(count * rate)]] = False
     return kept

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-# What a random stream is for. Streams of one seed differ by their spawn keys, (purpose, ...).
+from reflectron.engine.data.draws import Draws
+
+# What is drawn. Streams of one seed differ by their keys, (purpose, ...).
 _SHUFFLE, _SHARE, _MASK = 0, 1, 2
 
 
@@ -31,21 +34,28 @@ class SampleRef:
 class SampleOrder:
     """The endless stream of samples, with access to any step of it.
 
-    An epoch lists a sample ``floor(repeat)`` times; of the samples that have the same fraction f left, a share f is
-    listed once more, drawn anew each epoch. Where f times their number is not whole, epochs differ by one sample so
-    that after every epoch the total is right to half a sample. All listings of an epoch are shuffled together.
+    An epoch lists each sample of a file ``floor(repeat)`` times; with a fraction f left, a share f of the file's
+    samples is listed once more, drawn anew each epoch from this file alone, whatever other files there are. Where f
+    times their number is not whole, epochs differ by one sample so that after every epoch the file's total is right to
+    half a sample. All listings of an epoch are shuffled together.
 
-    Random numbers are the raw output of PCG64, seeded by ``SeedSequence``: NumPy keeps these the same in all versions,
-    which it does not promise for ``Generator.permutation`` (NEP 19).
+    Args:
+        repeat: float [files], listings of each sample of a file per epoch.
+        file_index: int [samples], the file of each sample.
+        seed: 0 or more.
     """
 
-    def __init__(self, repeat: np.ndarray, seed: int) -> None:
-        """``repeat``: float [number of samples], listings of each sample per epoch; ``seed``: 0 or more."""
+    def __init__(self, repeat: Sequence[float], file_index: np.ndarray, seed: int) -> None:
         self._seed = seed
-        self._whole = np.floor(repeat).astype(np.int64)
-        fraction = repeat - self._whole
-        self._shares = [(float(f), np.flatnonzero(fraction == f)) for f in np.unique(fraction[fraction > 0])]
-        self._mean_epoch_length = float(np.sum(repeat))
+        whole = [math.floor(times) for times in repeat]
+        self._whole = np.array(whole, np.int64)[file_index]
+        # (file, fraction, its samples)
+        self._shares = [
+            (file, times - whole[file], np.flatnonzero(file_index == file))
+            for file, times in enumerate(repeat)
+            if times > whole[file]
+        ]
+        self._mean_epoch_length = float(np.sum(np.array(repeat)[file_index]))
         # A batch may reach over the end of an epoch, so two are in use at a time.
         self._epoch = functools.lru_cache(maxsize=2)(self._list_epoch)
 
@@ -89,7 +99,7 @@ class SampleOrder:
 
     def _epoch_start(self, epoch: int) -> int:
         """Samples in all epochs before ``epoch``."""
-        shares = sum(_round_half_up(fraction * len(samples) * epoch) for fraction, samples in self._shares)
+        shares = sum(_round_half_up(fraction * len(samples) * epoch) for _, fraction, samples in self._shares)
         return int(self._whole.sum()) * epoch + shares
 
     def _epoch_at(self, index: int) -> int:
@@ -104,28 +114,22 @@ class SampleOrder:
     def _list_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample and occurrence of each listing of ``epoch``, in order: int [epoch_length], twice."""
         times = self._whole.copy()
-        for i, (fraction, samples) in enumerate(self._shares):
+        for file, fraction, samples in self._shares:
             per_epoch = fraction * len(samples)
             count = _round_half_up(per_epoch * (epoch + 1)) - _round_half_up(per_epoch * epoch)
-            times[samples[self._shuffled(len(samples), _SHARE, epoch, i)[:count]]] += 1
+            times[samples[Draws(self._seed, _SHARE, epoch, file).order(len(samples))[:count]]] += 1
         sample = np.repeat(np.arange(len(times)), times)
         occurrence = np.arange(len(sample)) - np.repeat(np.cumsum(times) - times, times)
-        order = self._shuffled(len(sample), _SHUFFLE, epoch)
+        order = Draws(self._seed, _SHUFFLE, epoch).order(len(sample))
         return sample[order], occurrence[order]
 
-    def _shuffled(self, count: int, *key: int) -> np.ndarray:
-        """The numbers 0 to ``count - 1`` in random order: sorted by 64 random bits each."""
-        bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=key)).random_raw(count)
-        return np.argsort(bits, kind="stable")
 
-
-def mask_generator(seed: int, ref: SampleRef) -> np.random.Generator:
-    """Generator of the random mask strategies for one listing of a sample.
+def mask_draws(seed: int, ref: SampleRef) -> Draws:
+    """What the random mask strategies draw for one listing of a sample.
 
     Keyed by (seed, epoch, sample, occurrence), so that a resumed or re-partitioned run draws the same.
     """
-    key = (_MASK, ref.epoch, ref.sample, ref.occurrence)
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
+    return Draws(seed, _MASK, ref.epoch, ref.sample, ref.occurrence)
 
 
 def _round_half_up(number: float) -> int:

@@ -1,7 +1,9 @@
 """A sentencepiece model file comes in, the ``tokenizers.Tokenizer`` with the same ids goes out.
 
 Between special tokens the ids equal sentencepiece's own ``encode`` of each piece of text ("legacy" behaviour: with
-``add_dummy_prefix`` every such piece gets the leading space). What cannot be represented exactly is refused by name.
+``add_dummy_prefix`` every such piece gets the leading space). What cannot be represented exactly is refused by name;
+so are unigram models, because sentencepiece lets float32 rounding choose among equally likely ways to cut a run of
+one character, such as indentation.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
-from tokenizers.models import BPE, Unigram
+from tokenizers.models import BPE
 
 _SPACE = "▁"
-_NEVER_CHOSEN = -1e6
+# Lengths of the runs of one character on which a conversion is compared with the original.
+_RUNS = (*range(1, 40), 63, 64, 65, 96, 127, 128, 129)
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,18 @@ class SentencePieceModel:
 
 
 def convert_sentencepiece(path: Path) -> SentencePieceModel:
-    """Convert a BPE or Unigram model, with or without byte fallback.
+    """Convert a BPE model, with or without byte fallback.
 
     Control pieces and ``<unk>`` become special tokens, so a text that spells one out yields its id, as in transformers.
-    Unigram: a run of one character can often be cut into the same pieces in another order, all equally likely;
-    sentencepiece lets its float32 rounding choose, here the order may differ.
 
     Raises:
         ValueError: when the file is no sentencepiece model, or naming the field that cannot be represented.
     """
-    proto = _read(path)
+    processor, proto = _read(path)
     _check_representable(proto, path)
     kinds = type(proto).SentencePiece
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
-    tokenizer = Tokenizer(_bpe(proto, pieces) if proto.trainer_spec.model_type == 2 else _unigram(proto, pieces))
+    tokenizer = Tokenizer(_bpe(proto, pieces))
     prefixed = proto.normalizer_spec.add_dummy_prefix
     steps = [normalizers.Prepend(_SPACE)] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
@@ -55,6 +56,8 @@ def convert_sentencepiece(path: Path) -> SentencePieceModel:
     # Sentencepiece looks for them in the text with escaped spaces, so one with a plain space is never found.
     user_defined = [p for p, _, t in pieces if t == kinds.USER_DEFINED and " " not in p]
     tokenizer.add_tokens([AddedToken(p, normalized=True, special=False) for p in user_defined])
+    _check_ties(pieces, kinds.NORMAL, path)
+    _check_runs(tokenizer, processor, pieces, path)
     return _with_special_names(tokenizer, proto.trainer_spec, {piece: i for i, (piece, _, _) in enumerate(pieces)})
 
 
@@ -70,15 +73,43 @@ def _with_special_names(tokenizer: Tokenizer, spec: Any, ids: dict[str, int]) ->
     return SentencePieceModel(tokenizer, bos, eos, spec.unk_piece, pad)
 
 
-def _read(path: Path) -> Any:
+def _check_ties(pieces: list[tuple[str, float, int]], normal: int, path: Path) -> None:
+    """Refuse pieces that score alike, unless they are runs of one character: the leftmost has no rank."""
+    alike: dict[float, set[str]] = {}
+    for piece, score, kind in pieces:
+        if kind == normal and len(piece) > 1:
+            alike.setdefault(score, set()).add(piece)
+    for score, tied in alike.items():
+        if len(tied) > 1 and len(set("".join(tied))) > 1:
+            first, second, *_ = sorted(tied)
+            raise ValueError(
+                f"{path} cannot be represented: its pieces {first!r} and {second!r} have the same score {score:g}; "
+                "give a tokenizer.json"
+            )
+
+
+def _check_runs(tokenizer: Tokenizer, processor: Any, pieces: list[tuple[str, float, int]], path: Path) -> None:
+    """Compare the ids of runs of one character, where merges that give the same piece compete."""
+    repeated = {piece[0] for piece, _, _ in pieces if len(piece) > 1 and len(set(piece)) == 1}
+    for character in sorted(repeated):
+        for length in _RUNS:
+            text = character.replace(_SPACE, " ") * length
+            if tokenizer.encode(text, add_special_tokens=False).ids != processor.encode(text):
+                raise ValueError(
+                    f"{path} cannot be represented: {length} times {character!r} has other ids in sentencepiece; give "
+                    "a tokenizer.json"
+                )
+
+
+def _read(path: Path) -> tuple[Any, Any]:
     # Imported here: only this kind of tokenizer needs protobuf.
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     try:
-        content = SentencePieceProcessor(model_file=str(path)).serialized_model_proto()
-    except RuntimeError:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
         raise ValueError(f"{path} is not a sentencepiece model") from None
-    return sentencepiece_model_pb2.ModelProto.FromString(content)
+    return processor, sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
 
 
 def _check_representable(proto: Any, path: Path) -> None:
@@ -102,9 +133,8 @@ def _check_representable(proto: Any, path: Path) -> None:
             "false in a model with user-defined pieces",
         ),
         (not trainer.treat_whitespace_as_suffix, "trainer_spec.treat_whitespace_as_suffix", True, "false"),
-        (trainer.model_type in (1, 2), "trainer_spec.model_type", trainer.model_type, "1 (unigram) or 2 (bpe)"),
+        (trainer.model_type == 2, "trainer_spec.model_type", trainer.model_type, "2 (bpe)"),
         (kinds.UNUSED not in types, "pieces.type", "UNUSED", "no unused piece"),
-        (not (trainer.model_type == 1 and user_defined), "pieces.type", "USER_DEFINED", "none in a unigram model"),
     )
     for ok, field, value, expected in wanted:
         if not ok:
@@ -113,6 +143,9 @@ def _check_representable(proto: Any, path: Path) -> None:
 
 def _bpe(proto: Any, pieces: list[tuple[str, float, int]]) -> BPE:
     """Sentencepiece merges the pair whose result scores highest; here merges are ranked by that score.
+
+    Of pairs that score alike sentencepiece takes the leftmost, and in a run of one character that is the one with the
+    longest left part: those of one piece score alike, and in Llama's and Mistral's models all runs of spaces do.
 
     Only normal pieces arise by merging: bytes, control and user-defined pieces never do.
     """
@@ -124,15 +157,7 @@ def _bpe(proto: Any, pieces: list[tuple[str, float, int]]) -> BPE:
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in scores and right in scores:
-                ranked.append((-score, ids[left], ids[right], left, right))
+                ranked.append((-score, -len(left), ids[piece], left, right))
     merges = [(left, right) for *_, left, right in sorted(ranked)]
     fallback = proto.trainer_spec.byte_fallback
     return BPE(ids, merges, unk_token=proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=fallback)
-
-
-def _unigram(proto: Any, pieces: list[tuple[str, float, int]]) -> Unigram:
-    """Bytes are reached by fallback only; their score keeps a text that spells ``<0x0A>`` from matching the piece."""
-    kinds = type(proto).SentencePiece
-    vocabulary = [(piece, _NEVER_CHOSEN if kind == kinds.BYTE else score) for piece, score, kind in pieces]
-    unk_id = next(i for i, (_, _, kind) in enumerate(pieces) if kind == kinds.UNKNOWN)
-    return Unigram(vocabulary, unk_id, proto.trainer_spec.byte_fallback)

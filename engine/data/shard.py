@@ -6,7 +6,6 @@ file into memory: arrays are read-only views of it, and a sample is never copied
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import zlib
@@ -22,6 +21,7 @@ from pyarrow import compute
 from reflectron.engine.data.conversation import BadRecord, Kind
 from reflectron.engine.data.sources import SourceIdentity
 from reflectron.engine.data.tokenization import TokenizedSample
+from reflectron.engine.files import write_whole
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _SCHEMA = pa.schema(
@@ -34,6 +34,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.uint8())),
         ("blocks", pa.list_(pa.int32())),
+        ("special_tokens", pa.list_(pa.string())),
     ]
 )
 _HEADER, _CHECKSUM = b"reflectron", b"crc32"
@@ -62,6 +63,7 @@ def to_batch(lines: Sequence[int], results: Sequence[TokenizedSample | BadRecord
         _lists([s.input_ids if s else None for s in samples], np.int32),
         _lists([s.supervised if s else None for s in samples], np.uint8),
         _lists([s.blocks.ravel() if s else None for s in samples], np.int32),
+        pa.array([s.special_tokens if s else () for s in samples], pa.list_(pa.string())),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
@@ -83,27 +85,17 @@ def write_shard(path: Path, header: ShardHeader, batches: Iterable[pa.RecordBatc
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, bring it to the disk, and only then give it its name.
+    """``write_whole`` for a file of a token store, whose folder is made.
 
     Raises:
-        OSError: one line naming the file; the temporary file is gone.
+        OSError: one line naming the file; nothing unfinished is left.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = f"{path} cannot be written: {error.strerror or error}; make room or set data.store_dir"
-            raise OSError(error.errno, reason) from error
-        raise
+        write_whole(path, write)
+    except OSError as error:
+        reason = f"{path} cannot be written: {error.strerror or error}; make room or set data.store_dir"
+        raise OSError(error.errno, reason) from error
 
 
 class ShardBatch:
@@ -120,6 +112,7 @@ class ShardBatch:
 
         self.lines = scalars("line")
         self.reasons = batch.column("reason")
+        self._special_tokens = batch.column("special_tokens")
         self.good_rows = np.from_dlpack(compute.indices_nonzero(self.reasons.is_null())).astype(np.int32)
         """int32 [samples]: rows that are not rejected."""
         self._kind, self._prefix_end, self._final_start = map(scalars, ("kind", "prefix_end", "final_start"))
@@ -145,7 +138,13 @@ class ShardBatch:
             blocks,
             int(self._prefix_end[row]),
             int(self._final_start[row]),
+            tuple(self._special_tokens[row].as_py()),
         )
+
+    def rows_with_special_tokens(self) -> Iterator[tuple[int, list[str]]]:
+        """Row and special tokens of each sample whose contents spell one."""
+        for row in np.flatnonzero(np.diff(np.from_dlpack(self._special_tokens.offsets))).tolist():
+            yield row, self._special_tokens[row].as_py()
 
 
 class MappedFile:
@@ -218,6 +217,14 @@ class Shard:
                 yield first + row, int(batch.lines[row]), batch.reasons[row].as_py()
             first += len(batch)
 
+    def special_tokens(self) -> Iterator[tuple[int, int, list[str]]]:
+        """Record number, line and special tokens of every sample whose contents spell one."""
+        first = 0
+        for batch in self.batches:
+            for row, tokens in batch.rows_with_special_tokens():
+                yield first + row, int(batch.lines[row]), tokens
+            first += len(batch)
+
 
 def open_shard(path: Path, verify: bool) -> Shard:
     """Map a shard into memory.
@@ -258,12 +265,3 @@ def _lists(parts: list[np.ndarray | None], dtype: type) -> pa.ListArray:
 
 def _checksum(batch: pa.RecordBatch) -> bytes:
     return f"{zlib.crc32(batch.serialize()):08x}".encode()
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's entries, before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,17 +1,20 @@
-"""A data file (JSONL, Parquet, or a data set of the hub) comes in, its records go out in order, in chunks.
+"""A data file (JSON lines, a JSON array, Parquet, or a data set of the hub) comes in, its records go out in chunks.
 
-Files are streamed, never held in memory. A chunk keeps records as they were read (lines of bytes, or an Arrow batch),
-so that decoding happens where the chunk is used, which may be another process.
+Everything that reads records reads them here. Files are streamed, never held in memory. A chunk keeps records as they
+were read (bytes of JSON, or an Arrow batch), so that decoding happens where the chunk is used, which may be another
+process.
 """
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import functools
 import hashlib
-import json
+import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.conversation import BadRecord, Conversation, parse_record
+from reflectron.engine.data.byte_blocks import PARQUET_MAGIC, ByteBlocks, starts_with
+from reflectron.engine.data.conversation import BadRecord, Conversation
+from reflectron.engine.data.json_records import Undecodable, decode, split_records
+from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.text import printable
 
-_LINE_SUFFIXES = (".jsonl", ".json")
-_SUFFIXES = (*_LINE_SUFFIXES, ".parquet")
+_PARQUET = ".parquet"
+_SUFFIXES = (".jsonl", ".json", ".ndjson", _PARQUET)
+_COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+_EXPECTED_SUFFIXES = f"{', '.join(_SUFFIXES)}, or the first three with {', '.join(_COMPRESSED_SUFFIXES)}"
+# What reading a damaged file raises, beside ValueError.
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -32,9 +43,9 @@ class Record:
     index: int
     """0-based number of the record in its file."""
     line: int
-    """1-based line, or row where a file has no lines."""
-    value: bytes | dict[str, Any]
-    """A line of JSON, or the columns of a row."""
+    """1-based line on which it begins, or row where a file has no lines."""
+    value: bytes | dict[str, Any] | BadRecord
+    """Its JSON, the columns of a row, or why a row has no value that Python could hold."""
 
     def conversation(self) -> Conversation:
         """Parse the record.
@@ -44,13 +55,18 @@ class Record:
         """
         return parse_record(self.decoded())
 
-    def decoded(self) -> object:
-        """The record's value: named columns, unless a line of JSON holds something else.
+    def decoded(self, errors: Undecodable = "strict") -> object:
+        """The record's value: named columns, unless its JSON holds something else.
+
+        Args:
+            errors: what becomes of bytes that are no UTF-8.
 
         Raises:
-            BadRecord: when a line is not JSON.
+            BadRecord: when it is not JSON, or names a key twice.
         """
-        return _decode(self.value) if isinstance(self.value, bytes) else self.value
+        if isinstance(self.value, BadRecord):
+            raise self.value
+        return decode(self.value, errors) if isinstance(self.value, bytes) else self.value
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Chunk:
 
     def records(self) -> Iterator[Record]:
         """The records in file order."""
-        values = self.values.to_pylist() if isinstance(self.values, pa.RecordBatch) else self.values
+        values = _rows(self.values) if isinstance(self.values, pa.RecordBatch) else self.values
         for offset, (line, value) in enumerate(zip(self.lines, values, strict=True)):
             yield Record(self.first_index + offset, line, value)
 
@@ -87,30 +103,49 @@ def read_records(file: DataFile) -> Iterator[Record]:
     """Every record of ``file`` in order; blank lines are no records.
 
     Raises:
-        ValueError: when the file is missing or cannot be read.
+        ValueError: when the file is missing, cannot be read, or holds no record.
     """
     for chunk in read_chunks(file, 64):
         yield from chunk.records()
+
+
+def read_rows(path: Path) -> Iterator[Record]:
+    """Every record of a local file of JSON, whatever its name; none where it is empty.
+
+    Raises:
+        ValueError: when the file is missing or cannot be read.
+    """
+    with _readable(path):
+        for chunk in _json_chunks(path, 64):
+            yield from chunk.records()
 
 
 def read_chunks(file: DataFile, size: int) -> Iterator[Chunk]:
     """The records of ``file`` in order, ``size`` (the last chunk: at most ``size``) at a time.
 
     Raises:
-        ValueError: when the file is missing or cannot be read.
+        ValueError: when the file is missing, cannot be read, or holds no record.
     """
-    try:
-        if not _is_local(file):
-            data = _hub_dataset(file.path, file.split)
+    chunks = _chunks(file, size)
+    first = next(chunks, None)
+    if first is None:
+        raise ValueError(f"data file {file.path} holds no record, expected at least one")
+    yield from chain([first], chunks)
+
+
+def _chunks(file: DataFile, size: int) -> Iterator[Chunk]:
+    path = Path(file.path)
+    if not _is_local(file):
+        data = _hub_dataset(file.path, file.split, file.revision)
+        with _readable(file.path):
             batches = (b for t in data.with_format("arrow").iter(size) for b in t.combine_chunks().to_batches())
             yield from _arrow_chunks(batches, len(data))
-        elif Path(file.path).suffix in _LINE_SUFFIXES:
-            yield from _line_chunks(Path(file.path), size)
+        return
+    with _readable(file.path):
+        if path.suffix == _PARQUET or starts_with(path, PARQUET_MAGIC):
+            yield from _parquet_chunks(path, size)
         else:
-            with pq.ParquetFile(file.path) as parquet:
-                yield from _arrow_chunks(parquet.iter_batches(size), parquet.metadata.num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(file, error) from error
+            yield from _json_chunks(path, size)
 
 
 def source_identity(file: DataFile, known: SourceIdentity | None = None) -> SourceIdentity:
@@ -121,67 +156,76 @@ def source_identity(file: DataFile, known: SourceIdentity | None = None) -> Sour
     Raises:
         ValueError: when the file is missing or cannot be read.
     """
-    try:
-        paths = [Path(file.path)]
-        if not _is_local(file):
-            paths = [Path(part["filename"]) for part in _hub_dataset(file.path, file.split).cache_files]
+    paths, part = [Path(file.path)], ""
+    if not _is_local(file):
+        data = _hub_dataset(file.path, file.split, file.revision)
+        paths = [Path(entry["filename"]) for entry in data.cache_files]
+        # A slice lies in the same files as the whole.
+        part = f"{file.split}: {len(data)} rows"
+    with _readable(file.path):
         stats = [path.stat() for path in paths]
         size, mtime_ns = sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
         if known is not None and (known.size, known.mtime_ns) == (size, mtime_ns):
             return known
-        return SourceIdentity(size, mtime_ns, _sha256(paths))
-    except OSError as error:
-        raise _unreadable(file, error) from error
+        return SourceIdentity(size, mtime_ns, _sha256(paths, part))
 
 
 def _is_local(file: DataFile) -> bool:
     path = Path(file.path)
+    name = path.name.removesuffix(path.suffix) if path.suffix in _COMPRESSED_SUFFIXES else path.name
+    suffix = Path(name).suffix
     if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise ValueError(f"data file {path} ends in {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
+        # A compressed file may have no other suffix.
+        if suffix not in (*_SUFFIXES, *([""] if name != path.name else [])):
+            raise ValueError(f"data file {path} ends in {path.suffix!r}, expected one of {_EXPECTED_SUFFIXES}")
         return True
     if path.is_dir():
         raise ValueError(f"data file {path} is a folder, expected a file or the id of a hub data set")
-    if path.suffix in _SUFFIXES or path.is_absolute():
+    if path.exists():
+        raise ValueError(f"data file {path} is a pipe or a device, expected a file: it is read more than once")
+    if suffix in _SUFFIXES or name != path.name or path.is_absolute():
         raise ValueError(f"data file {path} does not exist")
     return False
 
 
 @functools.lru_cache(maxsize=8)
-def _hub_dataset(name: str, split: str) -> Any:
+def _hub_dataset(name: str, split: str, revision: str | None = None) -> Any:
     # Imported here: the package is slow to import and only hub data needs it.
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split, revision=revision)
     # The package raises more than a dozen types here: connection, missing repository, missing split, bad script.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
         raise ValueError(
             f"data file {name} does not exist, and no data set {name!r} with split {split!r} "
             f"could be loaded from the hub ({reason})"
         ) from error
 
 
-def _line_chunks(path: Path, size: int) -> Iterator[Chunk]:
-    total = max(path.stat().st_size, 1)
-    first = read = 0
+def _json_chunks(path: Path, size: int) -> Iterator[Chunk]:
+    first = 0
     lines: list[int] = []
     values: list[bytes] = []
-    with path.open("rb") as stream:
-        for line, raw in enumerate(stream, 1):
-            read += len(raw)
-            value = (raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw).strip()
-            if not value:
-                continue
-            lines.append(line)
-            values.append(value)
-            if len(values) == size:
-                yield Chunk(first, tuple(lines), tuple(values), read / total)
-                first += size
-                lines, values = [], []
+    blocks = ByteBlocks(path)
+    for line, value in split_records(blocks):
+        lines.append(line)
+        values.append(value)
+        if len(values) == size:
+            yield Chunk(first, tuple(lines), tuple(values), blocks.share_read)
+            first += size
+            lines, values = [], []
     if values:
         yield Chunk(first, tuple(lines), tuple(values), 1.0)
+
+
+def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
+    with pq.ParquetFile(path) as parquet:
+        names = parquet.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise ValueError(f"its column {max(names, key=names.count)!r} comes twice")
+        yield from _arrow_chunks(parquet.iter_batches(size), parquet.metadata.num_rows)
 
 
 def _arrow_chunks(batches: Iterator[pa.RecordBatch], total: int) -> Iterator[Chunk]:
@@ -192,20 +236,20 @@ def _arrow_chunks(batches: Iterator[pa.RecordBatch], total: int) -> Iterator[Chu
         first = last
 
 
-def _decode(line: bytes) -> object:
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRecord]:
     try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8: byte {error.start} of the line is {line[error.start]:#04x}") from None
-    except json.JSONDecodeError as error:
-        raise BadRecord(f"bad JSON: {error.msg} at column {error.colno}") from None
-    # Python refuses integers of more than 4300 digits and nesting beyond its stack.
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"bad JSON: {error}") from None
+        yield from batch.to_pylist()
+    # Text that is not UTF-8, or a date that Python does not have, must cost its own row alone.
+    except (ValueError, OverflowError, pa.ArrowException):
+        for number in range(batch.num_rows):
+            try:
+                yield from batch.slice(number, 1).to_pylist()
+            except (ValueError, OverflowError, pa.ArrowException) as error:
+                yield BadRecord(f"bad value: {error}")
 
 
-def _sha256(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
+def _sha256(paths: list[Path], part: str = "") -> str:
+    digest = hashlib.sha256(part.encode())
     for path in paths:
         with path.open("rb") as stream:
             while block := stream.read(1 << 20):
@@ -213,6 +257,11 @@ def _sha256(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _unreadable(file: DataFile, error: Exception) -> ValueError:
-    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-    return ValueError(f"data file {file.path} cannot be read: {reason}")
+@contextlib.contextmanager
+def _readable(name: str | Path) -> Iterator[None]:
+    """Name the file in what reading it raises."""
+    try:
+        yield
+    except (ValueError, *_DAMAGE) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(f"data file {name} cannot be read: {printable(reason, 500)}") from error

@@ -11,8 +11,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,15 +21,20 @@ import numpy as np
 import pyarrow as pa
 
 from reflectron.engine.config import DataConfig, DataFile
-from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.conversation import BadRecord, Conversation
 from reflectron.engine.data.shard import Shard, ShardHeader, open_shard, to_batch, write_atomically, write_shard
 from reflectron.engine.data.sources import Chunk, read_chunks, source_identity
-from reflectron.engine.data.tokenization import TokenizedSample, tokenize
-from reflectron.engine.data.tokenizer import TAGS, Template, Tokenizer
+from reflectron.engine.data.tokenization import PARSER_VERSION, TOO_LONG, TokenizedSample, tokenize
+from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Tokenizer
 from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.files import remove_temporaries
+from reflectron.engine.job_lock import lock_folder
+from reflectron.engine.terminal import console
+from reflectron.engine.text import printable
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _RECORDS_PER_CHUNK = 128
+_LISTS = ("rejects.jsonl", "special_tokens.jsonl")
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,48 @@ class FileSummary:
 
     path: str
     records: int
+    too_long: int
+    """Records that are left out for their length alone."""
     rejected: dict[str, int]
-    """Rejected records by kind of fault, commonest first."""
+    """Other records that are left out, by kind of fault, commonest first."""
+    special_tokens: dict[str, int]
+    """Samples whose contents spell a special token, by token, commonest first."""
+    with_special_tokens: int
+    """Samples whose contents spell any."""
+
+    @classmethod
+    def of(cls, path: str, records: int, reasons: Iterable[str], spelt: Sequence[Sequence[str]]) -> FileSummary:
+        """Count.
+
+        Args:
+            reasons: of all records that are left out.
+            spelt: special tokens of each sample whose contents spell any.
+        """
+        faults = Counter(reason.split(":")[0] for reason in reasons)
+        too_long = faults.pop(TOO_LONG, 0)
+        tokens = Counter(token for some in spelt for token in some)
+        return cls(path, records, too_long, dict(faults.most_common()), dict(tokens.most_common()), len(spelt))
 
     @property
     def rejected_total(self) -> int:
-        """Rejected records."""
+        """Rejected records, without those that are too long."""
         return sum(self.rejected.values())
 
+    @property
+    def samples(self) -> int:
+        """Records that are trained on."""
+        return self.records - self.too_long - self.rejected_total
+
     def __str__(self) -> str:
-        reasons = ", ".join(f"{fault} {count}" for fault, count in self.rejected.items())
-        rejected = f", {self.rejected_total} rejected ({reasons})" if reasons else ""
-        return f"{self.path}: {self.records - self.rejected_total} samples{rejected}"
+        parts = [f"{self.path}: {self.samples} samples"]
+        if self.too_long:
+            parts.append(f"{self.too_long} too long ({self.too_long / self.records:.1%})")
+        if self.rejected:
+            parts.append(f"{self.rejected_total} rejected ({_counts(self.rejected)})")
+        if self.special_tokens:
+            tokens = _counts({printable(token): count for token, count in self.special_tokens.items()})
+            parts.append(f"{self.with_special_tokens} with special tokens in their contents ({tokens})")
+        return ", ".join(parts)
 
 
 class TokenStore:
@@ -101,35 +137,50 @@ class TokenStore:
 def build_store(
     data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path, progress: bool = False
 ) -> TokenStore:
-    """Tokenise what ``folder`` does not hold yet, write ``folder/rejects.jsonl``, and open the store.
+    """Tokenise what ``folder`` does not hold yet, write the two lists of records, and open the store.
 
-    Only one process may build in a folder at a time. The rejects are those of this list of files: give training and
-    validation files a folder each.
+    ``folder/rejects.jsonl`` names the records that are skipped, ``folder/special_tokens.jsonl`` those whose contents
+    spell special tokens.
+
+    One process builds in a folder at a time; another one waits, and finds the work done. The lists are those of these
+    files: give training and validation files a folder each.
 
     Args:
         progress: draw a progress bar for every file that is tokenised.
 
     Raises:
         ValueError: when a file cannot be read, holds no record, or more than ``data.max_reject_share`` of its records
-            are rejected.
+            are rejected, or no sample is left of them all.
         OSError: when the store cannot be written; nothing unfinished is left.
     """
+    with lock_folder(folder, "token store", wait=True):
+        return _build_alone(data, files, tokenizer, folder, progress)
+
+
+def _build_alone(
+    data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path, progress: bool
+) -> TokenStore:
+    for name in _LISTS:
+        remove_temporaries(folder / name)
     settings = _settings(data, tokenizer)
-    job = _Job(tokenizer, data.template, data.max_length)
+    job = _Job(tokenizer, data)
     shards: list[Shard] = []
     for file in files:
         path = _shard_path(folder, settings, file)
         shard = _up_to_date(path, file)
         if shard is None:
+            remove_temporaries(path)
             header = ShardHeader(settings, source_identity(file))
             chunks = _with_progress(read_chunks(file, _RECORDS_PER_CHUNK), file, progress)
             write_shard(path, header, (batch for _, batch in map_chunks(job, chunks, data.workers)))
             _check_source(path, file, header)
             shard = open_shard(path, verify=False)
         shards.append(shard)
-        _write_rejects(folder / "rejects.jsonl", files, shards)
+        _write_lists(folder, files, shards)
         _check_rejects(_summary(file, shard), folder / "rejects.jsonl", data.max_reject_share)
-    return TokenStore(files, shards)
+    store = TokenStore(files, shards)
+    _check_too_long(store, data.max_length)
+    return store
 
 
 def open_store(data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path) -> TokenStore:
@@ -149,15 +200,18 @@ def _settings(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "format_version": _FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
+        "parser": PARSER_VERSION,
         "tags": list(TAGS),
         "template": data.template,
+        "prompt": MAGICODER_PROMPT if data.template == "magicoder" else None,
         "max_length": data.max_length,
+        "special_tokens_in_content": data.special_tokens_in_content,
     }
 
 
 def _shard_path(folder: Path, settings: dict[str, Any], file: DataFile) -> Path:
     """Runs with other settings keep their own shards, so that they may share a folder."""
-    key = json.dumps([settings, os.path.abspath(file.path), file.split], sort_keys=True)
+    key = json.dumps([settings, os.path.abspath(file.path), file.split, file.revision], sort_keys=True)
     stem = re.sub(r"[^\w.-]", "_", Path(file.path).stem)
     return folder / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
 
@@ -184,17 +238,20 @@ class _Job:
     """Tokenises a chunk; the same in this process and in a worker."""
 
     tokenizer: Tokenizer
-    template: Template
-    max_length: int
+    data: DataConfig
 
     def __call__(self, chunk: Chunk) -> pa.RecordBatch:
         results: list[TokenizedSample | BadRecord] = []
         for record in chunk.records():
             try:
-                results.append(tokenize(record.conversation(), self.tokenizer, self.template, self.max_length))
+                results.append(self._tokenize(record.conversation()))
             except BadRecord as error:
                 results.append(error)
         return to_batch(chunk.lines, results)
+
+    def _tokenize(self, conversation: Conversation) -> TokenizedSample:
+        data = self.data
+        return tokenize(conversation, self.tokenizer, data.template, data.max_length, data.special_tokens_in_content)
 
 
 def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Iterator[Chunk]:
@@ -203,13 +260,13 @@ def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Itera
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("tokenizing {task.description}"),
+        TextColumn("tokenizing {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[records]} records"),
+        TextColumn("{task.fields[records]} records", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not show) as bar:
+    with Progress(*columns, console=console(), redirect_stdout=False, redirect_stderr=False, disable=not show) as bar:
         task = bar.add_task(file.path, total=1.0, records=0)
         for chunk in chunks:
             yield chunk
@@ -217,26 +274,46 @@ def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Itera
 
 
 def _summary(file: DataFile, shard: Shard) -> FileSummary:
-    faults = Counter(reason.split(":")[0] for _, _, reason in shard.rejects())
-    return FileSummary(file.path, shard.records, dict(faults.most_common()))
+    reasons = (reason for _, _, reason in shard.rejects())
+    return FileSummary.of(file.path, shard.records, reasons, [tokens for *_, tokens in shard.special_tokens()])
 
 
-def _write_rejects(path: Path, files: Sequence[DataFile], shards: Sequence[Shard]) -> None:
-    """One JSON object for every rejected record; a file that is listed twice appears once."""
-    by_file = {(file.path, file.split): shard for file, shard in zip(files, shards, strict=False)}
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
-    def write(stream: IO[bytes]) -> None:
-        for (name, _), shard in by_file.items():
-            for index, line, reason in shard.rejects():
-                row = {"file": name, "line": line, "index": index, "reason": reason}
-                stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    write_atomically(path, write)
+def _write_lists(folder: Path, files: Sequence[DataFile], shards: Sequence[Shard]) -> None:
+    """One JSON object for every record that is worth a look; a file that is listed twice appears once."""
+    by_file = {(file.path, file.split, file.revision): shard for file, shard in zip(files, shards, strict=False)}
+    rejects = [
+        {"file": name, "line": line, "index": index, "reason": reason}
+        for (name, *_), shard in by_file.items()
+        for index, line, reason in shard.rejects()
+    ]
+    spelt = [
+        {"file": name, "line": line, "index": index, "special_tokens": tokens}
+        for (name, *_), shard in by_file.items()
+        for index, line, tokens in shard.special_tokens()
+    ]
+    for name, rows in zip(_LISTS, (rejects, spelt), strict=True):
+        lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+        write_atomically(folder / name, partial(_write_lines, lines))
+
+
+def _write_lines(lines: Sequence[bytes], stream: IO[bytes]) -> None:
+    stream.writelines(lines)
+
+
+def _check_too_long(store: TokenStore, max_length: int) -> None:
+    too_long = sum(summary.too_long for summary in store.summaries)
+    if not len(store) and too_long:
+        files = ", ".join(summary.path for summary in store.summaries)
+        raise ValueError(
+            f"data.max_length is {max_length}, expected more: no sample is left of {files}, {too_long} are longer"
+        )
 
 
 def _check_rejects(summary: FileSummary, rejects: Path, allowed: float) -> None:
-    if summary.records == 0:
-        raise ValueError(f"data file {summary.path} holds no record, expected at least one")
     if summary.rejected_total > allowed * summary.records:
         fault, count = next(iter(summary.rejected.items()))
         raise ValueError(

@@ -7,11 +7,20 @@ is never cut. N tokens; positions are indices into ``input_ids``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from reflectron.engine.data.conversation import BadRecord, Conversation, Kind
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, Template, Tokenizer
+
+SpecialTokens = Literal["keep", "spell_out"]
+TOO_LONG = "too long"
+"""The fault of records that are left out for their length alone, which is no fault of the data."""
+
+# To be raised when some record comes to other ids or another structure than before: stores are then made anew, and a
+# run in progress is refused rather than changed.
+PARSER_VERSION = 2
 
 _BLOCK_TAGS = ("<|text|>", "<|code|>", "<|execution|>")
 
@@ -37,6 +46,8 @@ class TokenizedSample:
     privileged: the second ``<|user|>``; generation: 0."""
     final_start: int
     """The last ``<|assistant|>``; -1 for generation."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens that the contents spell, each once; whether ``input_ids`` has their ids is the caller's choice."""
 
 
 def render(conversation: Conversation) -> str:
@@ -48,23 +59,61 @@ def render(conversation: Conversation) -> str:
     return "".join(parts)
 
 
-def tokenize(conversation: Conversation, tokenizer: Tokenizer, template: Template, max_length: int) -> TokenizedSample:
+def tokenize(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    template: Template,
+    max_length: int,
+    special_tokens: SpecialTokens = "spell_out",
+) -> TokenizedSample:
     """Turn a conversation into one sample.
 
     Args:
         max_length: most tokens of a sample, BOS and EOS included.
+        special_tokens: what becomes of special tokens that contents spell; the seven tags aside, which none does.
 
     Raises:
         BadRecord: when the sample is longer, or ``template`` cannot express the conversation.
     """
     if template == "magicoder":
-        return _tokenize_magicoder(conversation, tokenizer, max_length)
-    text_ids = tokenizer.encode(render(conversation))
-    input_ids = _framed(text_ids, tokenizer, max_length)
-    return _with_structure(conversation.kind, input_ids, tokenizer.tag_ids)
+        return _tokenize_magicoder(conversation, tokenizer, max_length, special_tokens)
+    text = _Encoded.of([render(conversation)], tokenizer, special_tokens)
+    input_ids = _framed(text.parts[0], tokenizer, max_length)
+    return _with_structure(conversation, input_ids, tokenizer.tag_ids, text.special_tokens)
 
 
-def _with_structure(kind: Kind, input_ids: np.ndarray, tag_ids: dict[str, int]) -> TokenizedSample:
+@dataclass(frozen=True)
+class _Encoded:
+    """Texts that are encoded apart, and the special tokens that they spell."""
+
+    parts: list[list[int]]
+    special_tokens: tuple[str, ...]
+
+    @classmethod
+    def of(cls, texts: list[str], tokenizer: Tokenizer, special_tokens: SpecialTokens) -> _Encoded:
+        parts = [tokenizer.encode(text) for text in texts]
+        found = _spelt(texts, parts, tokenizer)
+        if found and special_tokens == "spell_out":
+            parts = [tokenizer.encode_spelt_out(text) for text in texts]
+            # A vocabulary may have the token as an ordinary piece as well.
+            if left := _spelt(texts, parts, tokenizer):
+                raise BadRecord(f"special token in content: {left[0]}, which this tokenizer cannot spell out")
+        return cls(parts, found)
+
+
+def _spelt(texts: list[str], parts: list[list[int]], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special tokens among the ids of ``texts``; <unk> also stands for what the vocabulary does not have."""
+    special = tokenizer.special_tokens
+    found = special.keys() & {i for ids in parts for i in ids}
+    unknown = tokenizer.settings.get("unk_token")
+    return tuple(special[i] for i in sorted(found) if special[i] != unknown or any(unknown in text for text in texts))
+
+
+def _with_structure(
+    conversation: Conversation, input_ids: np.ndarray, tag_ids: dict[str, int], special_tokens: tuple[str, ...]
+) -> TokenizedSample:
+    kind = conversation.kind
+
     def positions(tag: str) -> np.ndarray:
         return np.flatnonzero(input_ids == tag_ids[tag])
 
@@ -72,7 +121,11 @@ def _with_structure(kind: Kind, input_ids: np.ndarray, tag_ids: dict[str, int]) 
     message_ends, block_ends = positions("<|endofmessage|>"), positions("<|endofblock|>")
     supervised = np.ones(len(input_ids), dtype=bool)
     supervised[0] = False
-    for starts, ends in ((users, message_ends), (positions("<|execution|>"), block_ends)):
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    unsupervised = assistants[[not message.supervised for message in answers]]
+    # EOS ends the last turn.
+    supervised[-1] = conversation.messages[-1].supervised
+    for starts, ends in ((users, message_ends), (unsupervised, message_ends), (positions("<|execution|>"), block_ends)):
         for start, end in zip(starts, _next(ends, starts), strict=True):
             supervised[start : end + 1] = False
     blocks = np.empty((0, 3), dtype=np.int32)
@@ -88,10 +141,12 @@ def _with_structure(kind: Kind, input_ids: np.ndarray, tag_ids: dict[str, int]) 
         prefix_end = int(users[1])
     if kind != "generation":
         final_start = int(assistants[-1])
-    return TokenizedSample(kind, input_ids, supervised, blocks, prefix_end, final_start)
+    return TokenizedSample(kind, input_ids, supervised, blocks, prefix_end, final_start, special_tokens)
 
 
-def _tokenize_magicoder(conversation: Conversation, tokenizer: Tokenizer, max_length: int) -> TokenizedSample:
+def _tokenize_magicoder(
+    conversation: Conversation, tokenizer: Tokenizer, max_length: int, special_tokens: SpecialTokens
+) -> TokenizedSample:
     """BOS, prompt, response, EOS; prompt and response are encoded apart, as in Magicoder's ``train.py``."""
     messages = conversation.messages
     roles = [message.role for message in messages]
@@ -101,15 +156,19 @@ def _tokenize_magicoder(conversation: Conversation, tokenizer: Tokenizer, max_le
             "expected generation with user, assistant, of one block each"
         )
     instruction, response = (message.blocks[0].content for message in messages)
-    prompt_ids = tokenizer.encode(MAGICODER_PROMPT.format(instruction=instruction, response=""))
-    input_ids = _framed(prompt_ids + tokenizer.encode(response), tokenizer, max_length)
+    texts = [MAGICODER_PROMPT.format(instruction=instruction, response=""), response]
+    text = _Encoded.of(texts, tokenizer, special_tokens)
+    prompt_ids, response_ids = text.parts
+    input_ids = _framed(prompt_ids + response_ids, tokenizer, max_length)
     supervised = np.arange(len(input_ids)) > len(prompt_ids)
-    return TokenizedSample("generation", input_ids, supervised, np.empty((0, 3), dtype=np.int32), 0, -1)
+    no_blocks = np.empty((0, 3), dtype=np.int32)
+    return TokenizedSample("generation", input_ids, supervised, no_blocks, 0, -1, text.special_tokens)
 
 
 def _framed(text_ids: list[int], tokenizer: Tokenizer, max_length: int) -> np.ndarray:
     if len(text_ids) > max_length - 2:
-        raise BadRecord(f"too long: {len(text_ids)} tokens, expected at most {max_length - 2} (data.max_length less 2)")
+        most = max_length - 2
+        raise BadRecord(f"{TOO_LONG}: {len(text_ids)} tokens, expected at most {most} (data.max_length less 2)")
     return np.array([tokenizer.bos_id, *text_ids, tokenizer.eos_id], dtype=np.int32)
 
 

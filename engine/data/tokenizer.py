@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ _MAGICODER_CHAT = """\
 {%- if messages | length == 2 -%}{{- messages[1]['content'] -}}{%- endif -%}"""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LOOKS_SPECIAL = re.compile(r"<[|｜].+[|｜]>|<(fim|file|repo|reponame|issue|jupyter|gh)[_-]\w+>|▁?<(PRE|SUF|MID|EOT)>")
 _CARRIED_SETTINGS = ("model_max_length", "add_bos_token", "add_eos_token", "padding_side")
 
 
@@ -99,9 +101,38 @@ class Tokenizer:
         state = [self.backend.to_str(), self.bos_id, self.eos_id]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Id and spelling of every token with a meaning beside its text, the seven tags excepted.
+
+        These are the special ones, those with a name (EOS ...), and those that look special: in some tokenizers, such
+        as Qwen2.5's, the ones for filling in the middle are ordinary added tokens.
+        """
+        named = {self.settings.get(name) for name in _NAMED_TOKENS}
+        return {
+            i: token.content
+            for i, token in self.backend.get_added_tokens_decoder().items()
+            if token.content not in TAGS
+            and (token.special or token.content in named or _LOOKS_SPECIAL.fullmatch(token.content))
+        }
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without BOS and EOS; special tokens spelt out in it become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_spelt_out(self, text: str) -> list[int]:
+        """As ``encode``, but of all special tokens only the seven tags become ids; the others are ordinary text."""
+        # No part of a pickled tokenizer.
+        self._tags_alone.encode_special_tokens = True
+        return self._tags_alone.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _tags_alone(self) -> tokenizers.Tokenizer:
+        """The same tokens, but special are those of ``special_tokens`` and no others, so that they can be ignored."""
+        state = json.loads(self.backend.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["id"] in self.special_tokens
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, special tokens included."""
@@ -134,6 +165,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: self.settings[name] for name in _CARRIED_SETTINGS if name in self.settings},
             **special,
+            **self._prefix_space(),
             "added_tokens_decoder": _added_tokens(self.backend),
             "clean_up_tokenization_spaces": False,
             "chat_template": self.chat_template(),
@@ -142,6 +174,11 @@ class Tokenizer:
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if self.sentencepiece_file is not None and self.sentencepiece_file.parent.resolve() != folder.resolve():
             shutil.copyfile(self.sentencepiece_file, folder / "tokenizer.model")
+
+    def _prefix_space(self) -> dict[str, bool]:
+        """What tokenizer.json says; without it transformers 4 sets it to false."""
+        state = json.loads(self.backend.to_str())["pre_tokenizer"] or {}
+        return {name: state[name] for name in ("add_prefix_space",) if name in state}
 
     def _additional_special_tokens(self) -> list[str]:
         declared = self.settings.get("additional_special_tokens") or self.settings.get("extra_special_tokens") or []
@@ -167,6 +204,7 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     if json_file.is_file():
         backend = _from_json(json_file)
     elif model_file.is_file() and model_file.suffix == ".model":
+        _check_settings(settings, folder)
         model = convert_sentencepiece(model_file)
         backend = model.tokenizer
         settings = {name: getattr(model, name) for name in _NAMED_TOKENS} | settings
@@ -182,6 +220,16 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     tag_ids, sub_tokens = _add_tags(backend) if template == "reflection" else ({}, {})
     kept = model_file if model_file.is_file() else None
     return Tokenizer(backend, template, bos_id, eos_id, tag_ids, sub_tokens, settings | named, kept)
+
+
+def _check_settings(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse what would make transformers derive another tokenizer from a lone ``tokenizer.model``."""
+    for name, ours in (("legacy", True), ("add_prefix_space", True)):
+        if settings.get(name) not in (None, ours):
+            raise ValueError(
+                f"{name} in {folder / 'tokenizer_config.json'} is {settings[name]!r}, expected {json.dumps(ours)} or "
+                "none beside a tokenizer.model alone; let transformers write tokenizer.json there"
+            )
 
 
 def _add_tags(backend: tokenizers.Tokenizer) -> tuple[dict[str, int], dict[str, list[int]]]:

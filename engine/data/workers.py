@@ -17,6 +17,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from reflectron.engine.data.sources import Chunk
+from reflectron.engine.terminal import protect_streams
 
 Result = TypeVar("Result")
 
@@ -66,6 +67,7 @@ _worker_job: Callable[[Chunk], Any]
 def _start_worker(job: Callable[[Chunk], Any]) -> None:
     global _worker_job
     _worker_job = job
+    protect_streams()
     # Ctrl-C reaches the whole process group; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A parent that is killed cannot stop its workers.

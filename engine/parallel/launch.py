@@ -11,6 +11,7 @@ import ctypes
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -35,6 +36,11 @@ NOT_FINITE_EXIT_CODE = 87
 _PORTS = range(15000, 30000)
 # Set for the ranks of spawn_local, which sees itself which of them ends first.
 SUPERVISED = "REFLECTRON_SUPERVISED"
+# Of one run, known to its ranks alone: they sign with it what they tell each other. spawn_local sets it.
+RUN_SECRET = "REFLECTRON_RUN_SECRET"
+# The watchdogs of the ranks say more of a rank that stands still; the launcher speaks where none of them is left to.
+_AFTER_WATCHDOG_S = 10.0
+_LOOK_S = 1.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -160,10 +166,21 @@ class _Exited:
 
 
 @dataclass(frozen=True)
+class _Stopped:
+    """Rank ``rank`` was stopped, or continued."""
+
+    rank: int
+    stopped: bool
+
+
+@dataclass(frozen=True)
 class _Signalled:
     """This process received the signal ``number``."""
 
     number: int
+
+
+_Event = _Exited | _Stopped | _Signalled
 
 
 def spawn_local(
@@ -173,6 +190,7 @@ def spawn_local(
     threads_per_process: int,
     log_dir: Path,
     grace_s: float = 30.0,
+    silence_s: float = 40.0,
 ) -> int:
     """Run ``processes`` copies of ``command`` as the ranks of one run on this machine, and wait for all of them.
 
@@ -182,14 +200,17 @@ def spawn_local(
     for whoever sent the signal knows the time limit. At a second SIGINT or SIGTERM all are killed. Must be called from
     the main thread: signal handlers live there, and a rank dies with the thread that started it.
 
+    A rank that stays stopped (SIGSTOP) for ``silence_s`` seconds and some more, in which the others may notice it
+    themselves, ends the run. Time in which this process stood still itself is not counted.
+
     Returns:
-        0 when all ranks returned 0; ``REQUEUE_EXIT_CODE`` when they ended with that; otherwise the exit code of the
-        rank that failed first, or 128 + n after signal n. A line on stderr names that rank and shows the end of its
-        log.
+        0 when all ranks returned 0; ``REQUEUE_EXIT_CODE`` when they ended with that; ``WATCHDOG_EXIT_CODE`` when one
+        stayed stopped; otherwise the exit code of the rank that failed first, or 128 + n after signal n. A line on
+        stderr names that rank and shows the end of its log.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    events: SimpleQueue[_Exited | _Signalled] = SimpleQueue()
+    port, secret = free_port(), secrets.token_hex(16)
+    events: SimpleQueue[_Event] = SimpleQueue()
     ranks: list[subprocess.Popen[bytes]] = []
     # SimpleQueue.put is reentrant, the one thing a signal handler may safely do here.
     with _signals_to(events):
@@ -198,64 +219,118 @@ def spawn_local(
                 place = ProcessPlace(
                     rank=rank, world_size=processes, local_rank=rank, master_address="127.0.0.1", master_port=port
                 )
-                ranks.append(_start(command, place, threads_per_process, log_dir))
+                ranks.append(_start(command, place, threads_per_process, log_dir, secret))
             for rank, process in enumerate(ranks):
                 threading.Thread(target=_watch, args=(rank, process.pid, events), daemon=True).start()
-            return _supervise(ranks, events, log_dir, grace_s)
+            return _Supervisor(ranks, events, log_dir, grace_s, silence_s + _AFTER_WATCHDOG_S).run()
         finally:
             for process in ranks:
                 _end(process)
 
 
-def _supervise(
-    ranks: list[subprocess.Popen[bytes]], events: SimpleQueue[_Exited | _Signalled], log_dir: Path, grace_s: float
-) -> int:
-    """Handle exits and signals in the order they happened until no rank runs."""
-    asked = failure = requeue = 0
-    sent: set[int] = set()
-    ending = False
-    deadline: float | None = None
-    running = set(range(len(ranks)))
+class _Supervisor:
+    """Handles exits, stops and signals in the order they happened until no rank runs."""
 
-    def send(number: int) -> None:
-        sent.add(number)
-        _signal_groups(ranks, running, number)
+    def __init__(
+        self,
+        ranks: list[subprocess.Popen[bytes]],
+        events: SimpleQueue[_Event],
+        log_dir: Path,
+        grace_s: float,
+        stopped_s: float,
+    ) -> None:
+        self.ranks, self.events, self.log_dir = ranks, events, log_dir
+        self.grace_s, self.stopped_s = grace_s, stopped_s
+        self.running = set(range(len(ranks)))
+        self.stopped: dict[int, float] = {}
+        """Ranks that stand still, with the seconds that they were seen to."""
+        self.asked = self.failure = self.requeue = 0
+        self.sent: set[int] = set()
+        self.ending = False
+        self.deadline: float | None = None
 
-    while running:
+    def run(self) -> int:
+        """The exit code of the run."""
+        while self.running:
+            event = self._next()
+            if isinstance(event, _Signalled):
+                self._signalled(event.number)
+            elif isinstance(event, _Exited):
+                self._exited(event.rank)
+            elif isinstance(event, _Stopped):
+                self.stopped.pop(event.rank, None)
+                if event.stopped:
+                    self.stopped[event.rank] = 0.0
+            elif self.deadline is not None and time.monotonic() >= self.deadline:
+                self._send(signal.SIGKILL)
+                self.deadline = None
+            if not self.ending and any(seconds > self.stopped_s for seconds in self.stopped.values()):
+                self._stands_still()
+        return self.failure or self.requeue or (128 + self.asked if self.asked else 0)
+
+    def _next(self) -> _Event | None:
+        """The next event; None when it is time to look at the clock."""
+        began = time.monotonic()
+        waits = [max(0.0, self.deadline - began)] if self.deadline is not None else []
+        waits += [_LOOK_S] if self.stopped else []
         try:
-            event = events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            return self.events.get(timeout=min(waits, default=None))
         except Empty:
-            send(signal.SIGKILL)
-            deadline = None
-            continue
-        if isinstance(event, _Signalled):
-            asked = asked or event.number
-            # Slurm sends SIGTERM some time after the SIGUSR1 that it was told to send; that is not impatience.
-            gently = not ending or event.number == signal.SIGUSR1
-            send(event.number if gently else signal.SIGKILL)
-            ending = ending or event.number != signal.SIGUSR1
-            if event.number == signal.SIGINT:
-                deadline = time.monotonic() + grace_s
-            continue
-        running.discard(event.rank)
-        code = _end(ranks[event.rank])
+            return None
+        finally:
+            # Longer only if this process stood still itself, as all do in a suspended job.
+            passed = min(time.monotonic() - began, 2 * _LOOK_S)
+            self.stopped = {rank: seconds + passed for rank, seconds in self.stopped.items()}
+
+    def _send(self, number: int) -> None:
+        self.sent.add(number)
+        for rank in self.running:
+            _signal_group(self.ranks[rank], number)
+
+    def _signalled(self, number: int) -> None:
+        self.asked = self.asked or number
+        # Slurm sends SIGTERM some time after the SIGUSR1 that it was told to send; that is not impatience.
+        gently = not self.ending or number == signal.SIGUSR1
+        self._send(number if gently else signal.SIGKILL)
+        self.ending = self.ending or number != signal.SIGUSR1
+        if number == signal.SIGINT:
+            self.deadline = time.monotonic() + self.grace_s
+
+    def _exited(self, rank: int) -> None:
+        self.running.discard(rank)
+        self.stopped.pop(rank, None)
+        code = _end(self.ranks[rank])
         if code == REQUEUE_EXIT_CODE:
-            requeue = code
-        elif code and not failure and not any(code in (-number, 128 + number) for number in sent):
-            failure = code if code > 0 else 128 - code
+            self.requeue = code
+        elif code and not self.failure and not any(code in (-number, 128 + number) for number in self.sent):
+            self.failure = code if code > 0 else 128 - code
             if code != NOT_FINITE_EXIT_CODE:
-                _report_failure(event.rank, code, log_dir)
+                _report_failure(rank, code, self.log_dir)
             # A rank that the watchdog found stopped does not hear SIGTERM.
-            send(signal.SIGKILL if code == WATCHDOG_EXIT_CODE else signal.SIGTERM)
-            ending, deadline = True, time.monotonic() + grace_s
-    return failure or requeue or (128 + asked if asked else 0)
+            self._send(signal.SIGKILL if code == WATCHDOG_EXIT_CODE else signal.SIGTERM)
+            self.ending, self.deadline = True, time.monotonic() + self.grace_s
+
+    def _stands_still(self) -> None:
+        ranks = ", ".join(str(rank) for rank in sorted(self.stopped))
+        seconds = max(self.stopped.values())
+        print(
+            f"reflectron: rank {ranks} was stopped (SIGSTOP) for {seconds:.0f} s; all ranks are ended, and the same "
+            f"command goes on from the last checkpoint (exit code {WATCHDOG_EXIT_CODE})",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.failure, self.ending = WATCHDOG_EXIT_CODE, True
+        self._send(signal.SIGKILL)
 
 
-def _start(command: list[str], place: ProcessPlace, threads: int, log_dir: Path) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str], place: ProcessPlace, threads: int, log_dir: Path, secret: str
+) -> subprocess.Popen[bytes]:
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(threads))
-    # Gloo resolves the machine's own name, which fails in many containers; all ranks are on this machine anyway.
-    env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Gloo resolves the machine's own name, which fails in many containers, and would listen where others reach it.
+    env["GLOO_SOCKET_IFNAME"] = env["NCCL_SOCKET_IFNAME"] = "lo"
+    env[RUN_SECRET] = secret
     # A killed rank must not take the last lines of its log along.
     env["PYTHONUNBUFFERED"] = "1"
     env[SUPERVISED] = "1"
@@ -286,10 +361,16 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _watch(rank: int, pid: int, events: SimpleQueue[_Exited | _Signalled]) -> None:
-    # WNOWAIT leaves the rank a zombie: until _end reaps it, its process group cannot belong to a stranger.
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    events.put(_Exited(rank))
+def _watch(rank: int, pid: int, events: SimpleQueue[_Event]) -> None:
+    while True:
+        # WNOWAIT leaves the rank a zombie: until _end reaps it, its process group cannot belong to a stranger.
+        result = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOWAIT)
+        assert result is not None, "WNOHANG is not set"
+        if result.si_code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
+            events.put(_Exited(rank))
+            return
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+        events.put(_Stopped(rank, result.si_code == os.CLD_STOPPED))
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
@@ -299,17 +380,12 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def _signal_groups(ranks: list[subprocess.Popen[bytes]], running: set[int], number: int) -> None:
-    for rank in running:
-        _signal_group(ranks[rank], number)
-
-
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     os.killpg(process.pid, number)
 
 
 @contextmanager
-def _signals_to(events: SimpleQueue[_Exited | _Signalled]) -> Iterator[None]:
+def _signals_to(events: SimpleQueue[_Event]) -> Iterator[None]:
     def forward(number: int, frame: FrameType | None) -> None:
         events.put(_Signalled(number))
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from reflectron.engine.config import ParallelConfig
-from reflectron.engine.parallel.watchdog import Progress
+from reflectron.engine.parallel.notes import Progress
+from reflectron.engine.parallel.rendezvous import open_store
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def device_index(local_rank: int, visible: int) -> int:
 def start_process_groups(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30) -> ParallelGroups:
     """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
+    Where the address is the loopback's, nothing of the job listens on another.
+
     Raises:
         ValueError: when the number of processes does not fit the parallel sizes, or a machine has too few devices.
     """
@@ -107,7 +110,14 @@ def start_process_groups(parallel: ParallelConfig, seed: int, timeout_minutes: f
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", device_index(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(
+        "gloo" if kind == "cpu" else "nccl",
+        store=open_store(timeout.total_seconds()),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
     return model_parallel_groups(parallel, device, seed, timeout_minutes)
 
 

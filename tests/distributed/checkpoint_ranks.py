@@ -37,6 +37,7 @@ from reflectron.engine.config import (
     ParallelConfig,
     TokenizerConfig,
 )
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.global_batch import GlobalBatch, assemble, share_of_batch
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.sources import read_records
@@ -74,15 +75,13 @@ def job_config(job: dict[str, Any]) -> Config:
 
 
 def golden_batch(config: Config, inputs: ModelInputs, groups: ParallelGroups) -> GlobalBatch:
-    import numpy as np
 
     records = list(read_records(DataFile(path=str(GOLDEN / "samples.jsonl"))))
     samples = [
         tokenize(records[i].conversation(), inputs.tokenizer, "reflection", config.data.max_length)
         for i in (0, 1, 2, 12)
     ]
-    generator = np.random.default_rng(0)
-    views = [make_views(s, visible_tokens(s, config.mask, 0.5, generator)) for s in samples]
+    views = [make_views(s, visible_tokens(s, config.mask, 0.5, Draws(0, i))) for i, s in enumerate(samples)]
     cost = training_cost(decoder_shape(inputs.arch, config), "none")
     whole = assemble(views, config, cost, 0.5, groups.data.rank(), groups.data.size())
     return share_of_batch(whole, groups.context.rank(), groups.context.size())
@@ -125,17 +124,25 @@ def run_job(job: dict[str, Any]) -> None:
     config = job_config(job)
     groups = model_parallel_groups(config.parallel, torch.device("cpu"), config.seed)
     result: dict[str, Any] = {"lines": []}
-    training = Training.build(config, groups, with_weights=job["do"] == "save")
-    if job["do"] == "save":
-        training.steps(3)
+    training = Training.build(config, groups, with_weights=job["do"] != "load")
+    updates = job.get("updates", 3)
+    if job["do"] == "train":
+        training.steps(updates)
+    elif job["do"] == "save":
+        training.steps(updates)
         checkpointer = Checkpointer(config, training.state, {"seed": 1}, {}, result["lines"].append)
-        result["while_saving"] = save(checkpointer, training, job.get("steps_while_saving", 0))
+        result["while_saving"] = save(checkpointer, training, job.get("steps_while_saving", 0), updates)
         result["random_numbers"] = training.random_numbers()
     else:
         point = find_resume_point(Path(config.output_dir) / "checkpoints", {"seed": 1})
         assert point is not None
         same_layout = point.manifest.layout == parallel_layout(groups, len(training.state.chunks))
-        load(training.state, point.folder, updates=point.manifest.step, same_layout=same_layout)
+        load(
+            training.state,
+            point.folder,
+            updates=point.manifest.step - point.manifest.skipped.total,
+            same_layout=same_layout,
+        )
         result["random_numbers"] = training.random_numbers()
     result["steps"] = training.steps(3 - job.get("steps_while_saving", 0))
     if groups.is_main:
@@ -143,10 +150,10 @@ def run_job(job: dict[str, Any]) -> None:
     stop_process_groups()
 
 
-def save(checkpointer: Checkpointer, training: Training, steps_while_saving: int) -> list[list[float]]:
-    """Save; steps meanwhile are trained before a byte is written."""
+def save(checkpointer: Checkpointer, training: Training, steps_while_saving: int, updates: int) -> list[list[float]]:
+    """Save after three steps, those without an update skipped; steps meanwhile are trained before a byte is written."""
     if not steps_while_saving:
-        checkpointer.save(3, SkippedSteps())
+        checkpointer.save(3, SkippedSteps(total=3 - updates, in_a_row=3 - updates))
         return []
     released, write = threading.Event(), PlannedSave.write
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.attention.bias  # brings torch's compiler along; context-parallel ranks would import it one by one
@@ -33,6 +32,7 @@ from reflectron.engine.config import (
     ParallelConfig,
     TokenizerConfig,
 )
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.microbatch import Microbatch, pack
 from reflectron.engine.data.sources import read_records
@@ -97,9 +97,9 @@ def golden_views(model: str) -> list[SampleViews]:
     """Every sample, the reflection samples at mask rate 0.5."""
     config = Config()
     records = list(read_records(DataFile(path=str(GOLDEN / "samples.jsonl"))))
-    tokenizer, generator = model_inputs(model).tokenizer, np.random.default_rng(0)
+    tokenizer = model_inputs(model).tokenizer
     samples = [tokenize(records[i].conversation(), tokenizer, "reflection", 192) for i in SAMPLES]
-    return [make_views(s, visible_tokens(s, config.mask, 0.5, generator)) for s in samples]
+    return [make_views(s, visible_tokens(s, config.mask, 0.5, Draws(0, i))) for i, s in enumerate(samples)]
 
 
 def global_batch(job: Job, config: Config, inputs: ModelInputs, groups: ParallelGroups) -> GlobalBatch:

@@ -128,6 +128,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[int, list[
 }
 
 
+# Saved after three steps of which none made an update: there are no moments yet.
+BEFORE: dict[str, dict[str, Any]] = {
+    "sharded": {"parallel": {}},
+    "not-sharded": NOT_SHARDED | {"dtype": "bfloat16"},
+    "adafactor": {"optimizer": "adafactor"},
+}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     """Of all cases: importing takes longer than one of them."""
@@ -142,6 +150,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     for name, (model, common, processes, saving, loading) in CASES.items():
         others = [(size, {f"{size}_{i}": layout for i, layout in enumerate(loading[size])}) for size in loading]
         cases[name] = Case(model, [(processes, {"saved": SAVE | saving, "same": saving}), *others], common)
+    for name, common in BEFORE.items():
+        jobs = {"never_saved": {"do": "train"}, "saved": SAVE, "loaded": {}}
+        cases[f"before-{name}"] = Case("llama", [(2, jobs)], common | {"updates": 0})
     return run_cases(tmp_path_factory.mktemp("checkpoint"), cases)
 
 
@@ -164,6 +175,17 @@ def test_models_optimizers_and_layouts(case: str, results: dict[str, Results]) -
     assert_follows(found.pop("same"), saved, EXACT)
     for result in found.values():
         assert_follows(result, saved, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_save_before_the_first_update(name: str, results: dict[str, Results]) -> None:
+    """It changes nothing of the steps that follow, and they follow from it."""
+    found = results[f"before-{name}"]
+    (line,) = found["saved"]["lines"]
+    assert line.startswith("checkpoint  ")
+    assert found["saved"]["steps"] == found["never_saved"]["steps"]
+    assert_follows(found["loaded"], found["saved"], EXACT)
 
 
 @pytest.mark.slow

@@ -9,33 +9,51 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
-from reflectron.engine.parallel.launch import ProcessPlace, die_with, free_port
-from reflectron.engine.parallel.watchdog import Progress, Watchdog, WatchdogLimits
+from reflectron.engine.parallel import rendezvous
+from reflectron.engine.parallel.judge import WatchdogLimits
+from reflectron.engine.parallel.launch import RUN_SECRET, ProcessPlace, die_with, free_port
+from reflectron.engine.parallel.notes import Note, Progress, Seal, note_text
+from reflectron.engine.parallel.rendezvous import open_store
+from reflectron.engine.parallel.watchdog import Watchdog
 
 # Of the job, and so many times longer than anything here takes on a busy machine.
 SILENCE_S, STEPS = 8.0, 4
+# case: ranks that stand still at the third step
+STOPPED = {"stopped": (1,), "stopped main": (0,), "stopped two": (0, 1)}
 
 
 def rank_main(case: str) -> None:
-    dist.init_process_group("gloo")
-    rank, progress = dist.get_rank(), Progress()
-    limits = WatchdogLimits(hang_s=3.0 if case == "hang" else 0.0, silence_s=SILENCE_S)
+    rank, progress = int(os.environ["RANK"]), Progress()
+    if case == "stopped before it joins" and rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    # The start may take six times as long.
+    hang_s = {"hang": 3.0, "stopped before it joins": 1.0}.get(case, 0.0)
+    limits = WatchdogLimits(hang_s=hang_s, silence_s=SILENCE_S)
     watchdog = Watchdog(progress, limits, beat_s=0.2)
     try:
+        store = open_store(60)
+        if case == "stopped main before others join" and rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
         for step in range(1, STEPS + 1):
             progress.enter("waiting for data", step)
             if step == 3:
                 act(case, rank)
             progress.enter("training")
             dist.all_reduce(torch.ones(1))
+        progress.enter("leaving the job")
+        dist.barrier()
     except Exception as error:
         watchdog.last_words(error)
     watchdog.stop()
@@ -49,10 +67,41 @@ def act(case: str, rank: int) -> None:
         threading.Event().wait()
     if (case, rank) in (("killed", 2), ("killed main", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
-    if (case, rank) == ("stopped", 1):
+    if rank in STOPPED.get(case, ()):
         os.kill(os.getpid(), signal.SIGSTOP)
+    if case == "stopped for a while" and rank in (0, 1):
+        stop_for(SILENCE_S / 2 if rank == 0 else SILENCE_S / 4)
     if (case, rank) == ("failing", 1):
         raise MemoryError("no room for\n the activations")
+    if (case, rank) == ("stranger", 1):
+        be_stranger()
+
+
+def stop_for(seconds: float) -> None:
+    """Stand still until a child has us go on."""
+    pid = os.getpid()
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+        os._exit(0)
+    os.kill(pid, signal.SIGSTOP)
+
+
+def be_stranger() -> None:
+    """Write and remove what somebody could who reaches the store but knows no secret; longer than any limit of time."""
+    store = rendezvous.connect_again(5)
+    seal = Seal()
+    prefixed = [PrefixStore(prefix, store) for prefix in ("watchdog0", seal.prefix())]
+    forged = Note(host="\x1b]0;gotcha\x07", words="\x1b[2Jwords of a stranger", order=1, beats=10**9)
+    end = time.monotonic() + 1.5 * SILENCE_S
+    while time.monotonic() < end:
+        for place in prefixed:
+            place.set("verdict", "\x1b[2Jverdict of a stranger")
+            for rank in range(3):
+                place.set(f"rank{rank}", random.choice(["", "x", "{}", "[" * 5000, note_text(forged), "y" * 100_000]))
+            place.delete_key("rank1")
+            place.set("failures", "none")
+        time.sleep(0.5)
 
 
 def start(case: str, place: ProcessPlace, log: Path) -> int:
@@ -61,7 +110,7 @@ def start(case: str, place: ProcessPlace, log: Path) -> int:
     if pid := os.fork():
         return pid
     die_with(parent)
-    os.environ |= place.variables()
+    os.environ |= {**place.variables(), RUN_SECRET: "known to the ranks"}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -80,13 +129,22 @@ def main(plan: Path) -> None:
             for rank in range(world_size)
         ]
         ranks[case] = [start(case, place, plan.with_name(f"{case}.{place.rank}.log")) for place in places]
-    # A stopped rank ends only by SIGKILL, once the others have.
-    stopped = ranks["stopped"][1]
-    codes = {pid: exit_code(pid) for pids in ranks.values() for pid in pids if pid != stopped}
-    os.kill(stopped, signal.SIGKILL)
-    codes[stopped] = exit_code(stopped)
+    codes: dict[int, int] = {}
+    for case, pids in ranks.items():
+        # A stopped rank ends only by SIGKILL, once the others have.
+        stopped = [pids[rank] for rank in stopped_in(case)]
+        codes |= {pid: exit_code(pid) for pid in pids if pid not in stopped}
+        for pid in stopped:
+            os.kill(pid, signal.SIGKILL)
+            codes[pid] = exit_code(pid)
     result = {case: [codes[pid] for pid in pids] for case, pids in ranks.items()}
     plan.with_name("codes.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def stopped_in(case: str) -> tuple[int, ...]:
+    """Ranks that never go on."""
+    at_start = {"stopped before it joins": (1,), "stopped main before others join": (0,)}
+    return (STOPPED | at_start).get(case, ())
 
 
 def exit_code(pid: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from reflectron.engine.checkpoint.space import checkpoint_bytes
+from reflectron.engine.preparation import read_model_inputs
 from reflectron.tools.bench.tiny_run import write_tiny_run
+from reflectron.tools.load_config import load_config
 
 STEPS = 60
 
@@ -65,7 +69,18 @@ def test_training_goes_on_and_saves_again_when_there_is_room(small_disk: Path, t
     filler = small_disk / "filler"
     # A checkpoint needs half a MiB and one to spare.
     filler.write_bytes(bytes(free(small_disk) - (1 << 20)))
-    with start(config, output_dir, "checkpoint.save_every=1") as process:
+    with start(config, output_dir) as process:
+        assert process.stdout is not None
+        refused = process.stdout.read()
+    assert process.returncode == 2
+    needed = (
+        r"\d\.\d\d MiB for a checkpoint and \d\.\d\d MiB for the export, and \d\.\d\d MiB are free on its disk: make"
+    )
+    assert re.search(rf"reflectron train: error: {output_dir} needs {needed} room", refused)
+    filler.unlink()
+    with start(config, output_dir, "checkpoint.save_every=5", "train.steps=60") as process:
+        lines_to(process, "going on after step")
+        filler.write_bytes(bytes(free(small_disk) - (1 << 20)))
         failure = lines_to(process, "could not be written, training goes on")[-1]
         assert "are free on the disk of" in failure
         assert {path.name: path.read_bytes() for path in older.iterdir()} == content
@@ -77,6 +92,43 @@ def test_training_goes_on_and_saves_again_when_there_is_room(small_disk: Path, t
         process.stdout.read()
     assert process.returncode == 0
     assert (checkpoints / "latest").read_text(encoding="utf-8") == f"step_{STEPS:08d}\n"
+
+
+@pytest.mark.slow
+def test_an_export_that_finds_no_room_is_made_by_the_same_command(small_disk: Path, tmp_path: Path) -> None:
+    """Nothing is trained or tokenised again."""
+    output_dir, config = small_disk / "run", write_tiny_run(tmp_path)
+    filler, words = small_disk / "filler", ("checkpoint.save_every=0", f"train.steps={STEPS}")
+    with start(config, output_dir, *words) as process:
+        lines_to(process, f"step 3/{STEPS}")
+        # The one checkpoint fits, with the MiB that it spares; and then the export does not, which spares one as well.
+        run = load_config(str(config), [])
+        needed = checkpoint_bytes(run, read_model_inputs(run).arch)
+        filler.write_bytes(bytes(free(small_disk) - needed - (96 << 10)))
+        lines_to(process, f"checkpoint  {output_dir}/checkpoints/step_{STEPS:08d} ")
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == 2, said
+    (error,) = (line for line in said.splitlines() if "error:" in line)
+    assert error.startswith("reflectron train: error: the export could not be written: ")
+    kept = f"steps 1-{STEPS} are kept in {output_dir}/checkpoints/step_{STEPS:08d}: make room, and the same command "
+    assert kept in error
+    assert "Traceback" not in said
+    assert not list(output_dir.glob("export*"))
+    before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*.arrow")}
+    rows = (output_dir / "metrics.jsonl").read_bytes()
+    filler.unlink()
+    with start(config, output_dir, *words) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    assert f"going on after step {STEPS} from " in said
+    assert "all steps are done; the export is made\n" in said
+    assert f"step {STEPS}/{STEPS}" not in said
+    assert (output_dir / "metrics.jsonl").read_bytes() == rows
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (output_dir / "export" / "model.safetensors").exists()
+    assert (output_dir / "finished.json").exists()
 
 
 def free(folder: Path) -> int:

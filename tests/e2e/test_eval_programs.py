@@ -1,16 +1,14 @@
-"""MultiPL-E in the languages of this machine, DS-1000, problems of one's own: right programs pass, others do not."""
+"""MultiPL-E in the languages of this machine and DS-1000: right programs pass, others do not."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 
-from reflectron.tools.cli import main
 from reflectron.tools.eval.problems import Problem
 from reflectron.tools.eval.programs import judge_program, missing_toolchains
+from reflectron.tools.eval.verdict import Verdict
 
 # In the form of MultiPL-E's rows: prompt, body and tests make one program.
 MULTIPL_E = {
@@ -36,6 +34,15 @@ MULTIPL_E = {
         "if (add(1, 2) !== 3) { throw new Exception(); }",
     ),
     "swift": ("func add(a: Int, b: Int) -> Int {\n", "  return a + b", "}\nassert(add(a: 1, b: 2) == 3)"),
+}
+# Programs that leave with 0 before their tests have begun.
+EARLY = {
+    "js": lambda prompt, body: f"process.exit(0);\n{prompt}{body}",
+    "cpp": lambda prompt, body: f"#include<cstdlib>\nstatic int left = (std::_Exit(0), 0);\n{prompt}{body}",
+    "rs": lambda prompt, body: prompt + "std::process::exit(0)",
+    "java": lambda prompt, body: prompt + "    System.exit(0); return 0;",
+    "php": lambda prompt, body: prompt + body + "\nexit(0);",
+    "swift": lambda prompt, body: f"import Foundation\nexit(0)\n{prompt}{body}",
 }
 DS1000 = Problem(
     "DS-1000/0",
@@ -65,6 +72,8 @@ def test_multipl_e(language: str) -> None:
     wrong = judge_program(problem(language), prompt + body.replace("+", "-"), "bubblewrap", None)
     broken = judge_program(problem(language), prompt + body + "(", "bubblewrap", None)
     assert (wrong.status, broken.status) == ("fail", "fail")
+    early = judge_program(problem(language), EARLY[language](prompt, body), "bubblewrap", None)
+    assert early == Verdict("fail", got="the program ended before its tests did")
 
 
 @pytest.mark.slow
@@ -76,37 +85,22 @@ def test_ds1000() -> None:
     assert judged == ["pass", "fail", "fail"]
 
 
-OWN = {
-    "task_id": "own/0",
-    "prompt": 'def add(a, b):\n    """The sum of a and b."""\n',
-    "entry_point": "add",
-    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n",
-}
-ANSWERS = {
-    "def add(a, b):\n    return a + b": "pass",
-    "def add(a, b):\n    return 3": "fail",
-    "def add(a, b):\n    return a + b\nimport sys; sys.exit(0)": "fail",
-    "def add(a, b):\n    import os; os._exit(0)": "fail",
-    "def add(a, b):\n    while True: pass": "timeout",
-    "def add(a": "fail",
-    "# \ud800": "fail",
-}
-
-
 @pytest.mark.slow
-def test_problems_of_ones_own(tmp_path: Path) -> None:
-    problems, completions, out = tmp_path / "mine.jsonl", tmp_path / "answers.jsonl", tmp_path / "score.json"
-    rows = [OWN | {"task_id": f"own/{number}"} for number in range(len(ANSWERS))]
-    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answers = [{"task_id": f"own/{n}", "solution": OWN["prompt"] + code} for n, code in enumerate(ANSWERS)]
-    completions.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    words = ["eval", "score", str(completions), "--dataset", str(problems), "--min-time-limit", "1", "--json", str(out)]
-    assert main(words) == 0
-    score = json.loads(out.read_text())
-    assert (score["dataset"], score["pass_at_1"]) == ("mine.jsonl", {"base": pytest.approx(1 / len(ANSWERS))})
-    statuses = {row["task_id"]: row["base"] for row in score["failed"]}
-    assert [statuses.get(f"own/{n}", "pass") for n in range(len(ANSWERS))] == list(ANSWERS.values())
-    assert "ended before its check did" in score["failed"][1]["got"]
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os._exit(0)",
+        "raise SystemExit(0)",
+        "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', 'import os; print(os.read(0, 99).decode())'])",
+        "import os, re\nprint(re.findall('[0-9a-f]{32}', open('problem.py').read()))\nos._exit(0)",
+        "import atexit, os, sys\natexit.register(os._exit, 0)\nsys.exit(1)",
+        "result = np.array([1, 2]); import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
+    ],
+)
+def test_ds1000_counts_no_program_that_ends_early(code: str) -> None:
+    verdict = judge_program(DS1000, code, "bubblewrap", None)
+    assert verdict.status != "pass"
+    assert "ended before its tests did" in verdict.got or verdict.status == "timeout", verdict
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

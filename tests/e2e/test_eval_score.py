@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FILES = {"humaneval": "humaneval_plus_subset.jsonl", "mbpp": "mbpp_plus_subset.jsonl"}
@@ -30,6 +31,17 @@ WRONG = {
     "Mbpp/252": "class C(tuple): pass\nimport cmath\ndef convert(n): return C(cmath.polar(n))",
     "Mbpp/581": "def surface_Area(b, s): return 2 * b * s + b * b",
 }
+# Takes three seconds once, which evalplus's limit of one second refuses.
+SLOW = """
+import time
+def add(x, y):
+    global slow
+    while slow and time.process_time() < slow:
+        pass
+    slow = 0
+    return x + y
+slow = time.process_time() + 3
+"""
 # Canonical solutions that evalplus 0.3.1 fails: the second one's expected answers take 780 MB.
 CANONICAL_FAILING = {"HumanEval/32", "Mbpp/255"}
 FAILING = {"humaneval": {"HumanEval/34", "HumanEval/53", "HumanEval/162"}, "mbpp": {"Mbpp/3", "Mbpp/124"}}
@@ -59,19 +71,39 @@ def score(completions: Path, dataset: str, data: Path, cache: Path, *words: str)
     return result
 
 
-def by_hand(completions: Path, dataset: str, data: Path, cache: Path) -> dict[str, list[tuple[str, str]]]:
-    """Statuses on base and plus of every sample, from evalplus's own command."""
+def by_hand(
+    completions: Path, dataset: str, data: Path, cache: Path, trials: int = 4
+) -> dict[tuple[str, int], tuple[bool, bool]]:
+    """What passes base and plus by evalplus's own command with its own limits, by task and number.
+
+    Its limits are of wall time, which a loaded machine does not keep: what fails is tried again alone, one at a time,
+    and passes if it passes once.
+    """
+    samples = rows(completions)
     command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", dataset, "--samples", str(completions)]
     variables = {f"{dataset.upper()}_OVERRIDE_PATH": str(data), "XDG_CACHE_HOME": str(cache)}
     subprocess.run(
-        # Its limits are of wall time, which a loaded machine does not keep.
-        [*command, "--min-time-limit", "60", "--parallel", "2"],
+        [*command, "--parallel", "2" if trials == 4 else "1"],
         env={**os.environ, **variables},
         capture_output=True,
         check=True,
     )
-    found = json.loads(completions.with_name(f"{completions.stem}_eval_results.json").read_text())["eval"]
-    return {task: [(row["base_status"], row["plus_status"]) for row in samples] for task, samples in found.items()}
+    said = json.loads(completions.with_name(f"{completions.stem}_eval_results.json").read_text())["eval"]
+    found = {
+        (task, number): (row["base_status"] == "pass", row["plus_status"] == "pass")
+        for task, given in said.items()
+        for number, row in enumerate(given)
+    }
+    failed = {key for key, passed in found.items() if not all(passed)}
+    if failed and trials > 1:
+        tasks = {task for task, _ in failed}
+        again = write(completions.with_name(f"again-{trials}.jsonl"), [s for s in samples if s["task_id"] in tasks])
+        fewer = write(
+            data.with_name(f"fewer-{dataset}-{trials}.jsonl"), [p for p in rows(data) if p["task_id"] in tasks]
+        )
+        for key, passed in by_hand(again, dataset, fewer, cache, trials - 1).items():
+            found[key] = (found[key][0] or passed[0], found[key][1] or passed[1])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -82,31 +114,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", FILES)
 def test_verdicts_are_those_of_evalplus(dataset: str, tmp_path: Path, cache: Path) -> None:
-    data = BENCHMARKS / FILES[dataset]
+    data = write(tmp_path / "data.jsonl", rows(BENCHMARKS / FILES[dataset]))
     if WHOLE[dataset]:
-        data = tmp_path / "whole.jsonl"
         from reflectron.tools.eval.rows import read_json_lines
 
         write(data, [row for _, row in read_json_lines(Path(WHOLE[dataset] or ""))])
     problems = rows(data)
     samples = [{"task_id": p["task_id"], "completion": p["canonical_solution"]} for p in problems]
+    by_us = {**WRONG, "HumanEval/53 slow": SLOW}
     samples += [
-        {"task_id": t, "solution": code}
-        for t, code in WRONG.items()
+        {"task_id": t.partition(" ")[0], "solution": code}
+        for t, code in by_us.items()
         if t.startswith(("Human", "Mbpp")[dataset == "mbpp"])
     ]
     completions = write(tmp_path / "completions.jsonl", samples)
     ours = score(completions, dataset, data, cache)
-    theirs = by_hand(completions, dataset, data, cache)
     passes = {(f["task_id"], f["sample"]): (f["base"] == "pass", f["plus"] == "pass") for f in ours["failed"]}
-    expected = {
-        (task, number): (base == "pass", plus == "pass")
-        for task, statuses in theirs.items()
-        for number, (base, plus) in enumerate(statuses)
-    }
-    assert {sample: passes.get(sample, (True, True)) for sample in expected} == expected
+    theirs = by_hand(completions, dataset, data, cache)
+    assert {sample: passes.get(sample, (True, True)) for sample in theirs} == theirs
+    at_limit = [(row["task_id"], row["sample"], row["longer"]) for row in ours["at_limit"]]
+    assert at_limit == [("HumanEval/53", 2, {"base": "pass", "plus": "pass"})] * (dataset == "humaneval")
     canonical = {f["task_id"] for f in ours["failed"] if f["sample"] == 0}
-    assert canonical == CANONICAL_FAILING & set(theirs)
+    assert canonical == CANONICAL_FAILING & {task for task, _ in theirs}
     wrong = {f["task_id"] for f in ours["failed"] if f["sample"] == 1}
     if WHOLE[dataset]:
         # More inputs catch more.
@@ -115,103 +144,98 @@ def test_verdicts_are_those_of_evalplus(dataset: str, tmp_path: Path, cache: Pat
     assert wrong == FAILING[dataset], "what is equal to the expected answer without being of its type passes"
 
 
-HARMFUL = {
-    "empty": "",
-    "prose": "Here is the solution: it adds.",
-    "hanging": """
-def add(x, y):
-    while True:
-        try:
-            pass
-        except BaseException:
-            pass
-""",
-    "memory": """
-def add(x, y):
-    held = []
-    while True:
-        held.append(bytearray(10**8))
-""",
-    "deleting": """
-import os, pathlib, shutil
-for remove in (shutil.rmtree, pathlib.Path.unlink):
-    try:
-        remove(pathlib.Path("VICTIM"))
-    except BaseException:
-        pass
-def add(x, y):
-    return x + y if pathlib.Path("VICTIM").exists() else 0
-""",
-    "forks": """
+HOSTILE_PREAMBLE = """
 import posix
-def add(x, y):
-    while True:
+def MESSAGE(size, content):
+    return size.to_bytes(8, "little") + content
+def OUT(suite, content):
+    try:
+        pipe = posix.open(f"answers.{suite}", posix.O_WRONLY | posix.O_NONBLOCK)
+        posix.set_blocking(pipe, True)
+        while content:
+            content = content[posix.write(pipe, content):]
+        posix.close(pipe)
+    except OSError:
+        posix._exit(0)
+def SUITE():
+    for name in posix.listdir("/proc/self/fd"):
         try:
-            posix.fork()
+            if posix.readlink(f"/proc/self/fd/{name}").endswith("answers.1"): return 1
         except OSError:
             pass
-""",
-    "exit": "import sys\nsys.exit(0)",
-    "hard exit": "import posix\nposix._exit(0)",
-    "equal to all": """
-class A:
-    def __eq__(self, other):
-        return True
-def add(x, y):
-    return A()
-""",
-    "equal number": """
-class A(int):
-    def __eq__(self, other):
-        return True
-def add(x, y):
-    return A(-7)
-""",
-    "patching": """
-import builtins, numpy, evalplus.eval
-numpy.allclose = lambda *a, **k: True
-builtins.AssertionError = Exception
-evalplus.eval.unsafe_execute = None
-def add(x, y):
-    return -7
-""",
-    "forging": """
-import posix
-for n in (0, 1):
-    pipe = posix.open(f"answers.{n}", posix.O_WRONLY | posix.O_NONBLOCK)
-    posix.write(pipe, b'cos\\nsystem\\n(S"touch VICTIM.owned"\\ntR.' * 50)
-def add(x, y):
-    return None
-""",
-    "cyclic": """
-def add(x, y):
-    a = []
-    a.append(a)
-    return a
-""",
-}
+    return 0
+"""
 
 
 @pytest.mark.slow
-def test_harmful_programs_fail_without_harm(tmp_path: Path, cache: Path) -> None:
+def test_hostile_samples_fail_alone(tmp_path: Path, cache: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("here")
+    hostile = yaml.safe_load((Path(__file__).parent / "hostile_samples.yaml").read_text(encoding="utf-8"))
     task = {"task_id": "HumanEval/53"}
-    codes = [code.replace("VICTIM", str(victim)) for code in HARMFUL.values()]
     right = {**task, "solution": "def add(x, y):\n    return x + y"}
-    samples = [right, *({**task, "solution": code} for code in codes), right]
-    completions = write(tmp_path / "harmful.jsonl", samples)
+    samples = [right]
+    for attack in hostile.values():
+        code = attack["code"].replace("VICTIM", str(victim)).replace("\ue000", "\udcff")
+        samples += [{**task, "solution": HOSTILE_PREAMBLE + code}]
+    # One program that computes nothing, for each task of the file.
+    forged = rows(Path(__file__).parent / "forged_pickles.jsonl")
+    completions = write(tmp_path / "hostile.jsonl", [*samples, right, *forged])
     data = BENCHMARKS / FILES["humaneval"]
-    result = score(completions, "humaneval", data, cache, "--partial", "--min-time-limit", "1", "--workers", "2")
-    failed = {failure["sample"]: failure for failure in result["failed"]}
-    assert sorted(failed) == list(range(1, len(HARMFUL) + 1)), "the right ones beside them pass"
-    assert all(failure["base"] != "pass" for failure in failed.values())
-    names = dict(zip(HARMFUL, range(1, len(HARMFUL) + 1), strict=True))
-    assert failed[names["hanging"]]["base"] == "timeout"
+    result = score(completions, "humaneval", data, cache, "--partial", "--workers", "2")
+    assert result["n_samples"] == len(samples) + 1 + len(forged)
+    failed = {(failure["task_id"], failure["sample"]): failure for failure in result["failed"]}
+    wrong = {}
+    for number, (name, attack) in enumerate(hostile.items(), 1):
+        failure = failed.get((task["task_id"], number), {"base": "pass", "plus": "pass"})
+        passed = {suite for suite in ("base", "plus") if failure[suite] == "pass"} - set(attack.get("may_pass", []))
+        if passed != set(attack.get("passes", [])):
+            wrong[name] = failure
+    assert wrong == {}
+    assert ("HumanEval/53", 0) not in failed, "the right ones beside them pass"
+    assert ("HumanEval/53", len(samples)) not in failed
+    numbers = {(row["task_id"], len(samples) + 1 if row["task_id"] == "HumanEval/53" else 0) for row in forged}
+    assert numbers <= failed.keys(), "a program that computes nothing passes nothing"
     assert victim.read_text() == "here"
     assert list(tmp_path.glob("victim.*")) == []
-    wrong = failed[names["patching"]]
-    assert (wrong["input"], wrong["expected"], wrong["got"]) == ("[0, 1]", "1", "-7")
-    alone = score(completions, "humaneval", data, cache, "--partial", "--min-time-limit", "1", "--workers", "1")
-    status = [(failure["sample"], failure["base"], failure["plus"]) for failure in result["failed"]]
-    assert [(failure["sample"], failure["base"], failure["plus"]) for failure in alone["failed"]] == status
+    texts = [text for failure in failed.values() for text in failure.values() if isinstance(text, str)]
+    assert all(text.isprintable() and len(text) <= 300 for text in texts)
+    named = {name: failed.get((task["task_id"], number)) for number, name in enumerate(hostile, 1)}
+    assert named["hanging"]["base"] == "timeout"
+    assert [named["patching"][key] for key in ("input", "expected", "got")] == ["[0, 1]", "1", "-7"]
+
+
+# Base inputs, and an answer for each.
+SIMILAR = "def similar_elements(a, b): return tuple(set(a) & set(b))"
+# A list is no set before evalplus makes one of it, which takes hours where all its elements have the same hash.
+QUADRATIC = "def similar_elements(a, b): return [n * (2**61 - 1) for n in range(200_000)]"
+
+
+@pytest.mark.slow
+def test_a_comparison_that_hangs_fails_its_sample_alone(tmp_path: Path) -> None:
+    from reflectron.tools.eval.expectations import Task
+    from reflectron.tools.eval.judge import Judge, JudgeLimits
+
+    task = Task("mbpp", "Mbpp/2", "similar_elements", SIMILAR, 0, ([[(3, 4), (4, 5)]], [[(1, 2), (2, 1)]]))
+    with Judge(JudgeLimits(comparing_seconds=1), "bubblewrap", tmp_path) as judge:
+        assert [verdict.status for verdict in judge.judge(task, SIMILAR)] == ["pass", "pass"]
+        hanging = judge.judge(task, QUADRATIC)
+        assert {verdict.got for verdict in hanging} == {"comparing its answers took more than 1 s of CPU time"}
+        assert [verdict.status for verdict in judge.judge(task, SIMILAR)] == ["pass", "pass"]
+    kept = next(tmp_path.glob("*.plus.gz"))
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1])
+    with Judge(JudgeLimits(), "bubblewrap", tmp_path) as judge:
+        assert [verdict.status for verdict in judge.judge(task, SIMILAR)] == ["pass", "pass"]
+    assert kept.stat().st_size == len(whole), "damaged expected answers are made anew"
+
+
+@pytest.mark.slow
+def test_what_fails_before_a_program_starts_is_not_the_samples_doing(tmp_path: Path) -> None:
+    from reflectron.tools.eval.answers import AnswerPipes, Program
+    from reflectron.tools.sandbox.plain_data import encode
+
+    suites, seconds = [encode([[1]])], [[1.0]]
+    program = Program(code="", entry_point="f", suites=suites, seconds=seconds, suite_seconds=1, memory_bytes=32 << 20)
+    with AnswerPipes(program, tmp_path) as pipes, pytest.raises(OSError, match="before the program was started"):
+        pipes.run("bubblewrap")

@@ -105,7 +105,12 @@ MISTAKES = {
     "wrong key": (["optimizer.learningrate=1"], ["unknown key optimizer.learningrate; did you mean", "learning_rate"]),
     "wrong type": (["train.steps=many"], ["train.steps is 'many', expected"]),
     "wrong choice": (["mask.strategy=blocks"], ["mask.strategy is 'blocks', expected"]),
-    "output is a file": (["output_dir=run.yaml"], ["run.yaml/token_store/train/", "cannot be written"]),
+    "output is a file": (
+        ["output_dir=run.yaml"],
+        ["output_dir is run.yaml, expected a folder that can be written: File exists"],
+    ),
+    "no step": (["data.train[0].repeat=0.001", "train.steps=null"], ["the run has 0 steps: train.epochs 2 of data."]),
+    "W&B without a key": (["train.wandb_project=demo"], ["train.wandb_project is 'demo', but "]),
 }
 
 

@@ -83,12 +83,12 @@ def tokenized_samples() -> dict[str, TokenizedSample]:
 
 
 def views_at(sample: TokenizedSample, rate: float) -> SampleViews:
-    import numpy as np
 
+    from reflectron.engine.data.draws import Draws
     from reflectron.engine.data.masking import visible_tokens
     from reflectron.engine.data.views import make_views
 
-    return make_views(sample, visible_tokens(sample, CONFIG.mask, rate, np.random.default_rng(0)))
+    return make_views(sample, visible_tokens(sample, CONFIG.mask, rate, Draws(0)))
 
 
 def one_sample_microbatches(views: Sequence[SampleViews]) -> GlobalBatch:

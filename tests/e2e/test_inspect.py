@@ -202,3 +202,27 @@ def main(commands: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+def test_counts_of_what_was_looked_at_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[Any] = [
+        {"instruction": "x", "output": "<s>a</s>"},
+        {"instruction": "x", "output": "b\x1b]0;title\x07\x9b2J\u202e"},
+        {"instruction": "x", "output": ""},
+        {"instruction": "x", "output": "c " * 500},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=1))
+    command = ["inspect", "--data", str(tmp_path / "x.json"), *DATA[2:], "--max-len", "448"]
+    counts = (
+        "x.json: 2 samples, 1 too long (20.0%), 2 rejected (empty answer 1, unknown block type 1), "
+        "1 with special tokens in their contents (<s> 1, </s> 1)"
+    )
+    assert cli.main([*command, "--json", str(tmp_path / "out.json")]) == 0
+    assert counts in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())["samples"]
+    assert [sample.get("special_tokens_in_content") for sample in found] == [["<s>", "</s>"], None]
+    assert cli.main(command) == 0
+    drawn = capsys.readouterr().out
+    assert counts in drawn
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(drawn)

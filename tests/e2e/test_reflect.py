@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scripted_generator import ANSWER, ATTEMPTS, RIGHT, SAID, TESTS, number_of, problem, speak, turn
 
-from reflectron.engine.data.conversation import parse_record
+from reflectron.engine.data.schemas import parse_record
 from reflectron.tools import cli
 from reflectron.tools.llm.scripted_server import Scripted, ScriptedServer
 
@@ -93,7 +93,7 @@ def test_each_fault_rejects_its_problem_and_is_named(tmp_path: Path) -> None:
     problems = [problem(number) for number in range(len(names))]
     with ScriptedServer(lambda body: FAULTS[names[number_of(body)]](body)) as server:
         more = ("--attempts", "2", "--rounds", "2", "--run-seconds", "2")
-        assert reflect(server, tmp_path, [*problems, problem(0), {"text": "?"}], *more) == 0
+        assert reflect(server, tmp_path, [*problems, problem(0), {"text": "?"}], *more) == 1
     rejects = {int(row["source"].split(":")[-1]): row["reason"] for row in rows(tmp_path / "rejects.jsonl")}
     assert len(rejects) == len(names) + 2
     for number, name in enumerate(names):
@@ -133,13 +133,37 @@ def test_a_spent_budget_ends_the_run_and_a_larger_one_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with ScriptedServer(speak) as server:
-        assert reflect(server, tmp_path, [problem(1)], "--max-total-tokens", "1") == 0
+        assert reflect(server, tmp_path, [problem(1)], "--max-total-tokens", "1") == 1
         assert "stopped: the token budget is spent: " in capfd.readouterr().err
         assert len(server.requests) == 1
         assert not rows(tmp_path / "reflection.jsonl")
         assert reflect(server, tmp_path, [problem(1)], "--max-total-tokens", "100000") == 0
         assert len(server.requests) == 4
     assert len(rows(tmp_path / "reflection.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "last"),
+    [
+        (None, "stopped: requests failed for the server's sake, see attempts.jsonl; 2 problems left."),
+        (lambda body: Scripted(status=401), "stopped: requests failed for the server's sake, see attempts.jsonl; 2"),
+        (lambda body: Scripted(text="I do not know."), "nothing was made: all problems were tried and none gave a"),
+        (lambda body: Scripted(text="```python\nassert '\ud800'\n```"), "nothing was made: all problems were tried"),
+    ],
+)
+def test_a_run_that_made_nothing_or_not_all_ends_with_1(
+    tmp_path: Path, script: Callable[[dict[str, Any]], Scripted] | None, last: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ScriptedServer(script or speak) as server:
+        if script is None:
+            server.url = "http://127.0.0.1:1/v1"
+        assert reflect(server, tmp_path, [problem(1), problem(2)], "--attempts", "1", "--interpreters", "1") == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith(last)
+    assert len(rows(tmp_path / "attempts.jsonl")) >= 2
+    with ScriptedServer(speak) as server:
+        code = reflect(server, tmp_path, [problem(1), problem(2)], "--interpreters", "1")
+    # What failed for the server's sake is made up for; what the model answered stays.
+    assert code == (0 if last.startswith("stopped") else 1)
 
 
 def test_an_input_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,7 +171,8 @@ def stopped_tp2(request: pytest.FixtureRequest, config: Path, tmp_path_factory: 
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(config: Path, seed: int, overrides: list[str]) -> None:
     """SIGKILL at random moments, several times over."""
-    words = ["bench", "faults", str(config), f"train.steps={STEPS}", *overrides, "--kills", "3", "--seed", str(seed)]
+    words = ["bench", "faults", str(config), f"train.steps={STEPS}", *overrides, "--kills", "3", "--injuries", "0"]
+    words += ["--seed", str(seed)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "reflectron.tools.cli", *words],
         capture_output=True,
@@ -259,7 +260,7 @@ def test_training_goes_on_when_the_disk_is_full(stopped: Run, unstopped: Run, tm
 
 @pytest.mark.slow
 def test_which_checkpoints_are_kept(unstopped: Run) -> None:
-    assert unstopped.saved() == ["latest", *(f"step_{step:08d}" for step in (6, 12, 14, 16))]
+    assert unstopped.saved() == ["latest", *(f"step_{step:08d}" for step in (6, 12, 16, 17))]
 
 
 @pytest.mark.slow
@@ -285,7 +286,7 @@ def test_another_run_in_the_folder_is_refused(stopped: Run) -> None:
         "batch.global_batch_size=7": "batch.global_batch_size is 7, expected 8 as in the run that",
         "train.steps=20": "train.steps is 20, expected 17",
         "mask.strategy=all": "mask.strategy is 'all', expected 'random_block'",
-        "data.train[0].repeat=3": "data.train (repeats) is [3.0], expected [1.0]",
+        "data.train[0].repeat=3": "data.train.repeat is [3.0], expected [1.0]",
         "optimizer.learning_rate=1": "optimizer.learning_rate is 1.0, expected 0.001",
     }.items():
         output = stopped.finish(override, code=2)

@@ -1,9 +1,12 @@
-"""Hostile cells, one session of a pool each: none gets out, each leaves its record, the pool serves the next."""
+"""Hostile programs as cells of an interpreter, as programs and as samples: which are contained, and what is left."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import platform
+import re
 import secrets
 import socket
 import subprocess
@@ -19,14 +22,15 @@ import psutil
 import pytest
 import yaml
 
-from reflectron.tools.sandbox.interpreter import Execution
+from reflectron.tools.cli import main
+from reflectron.tools.sandbox import seccomp
+from reflectron.tools.sandbox.home import home, sandbox_folder
 from reflectron.tools.sandbox.limits import Limits, SandboxKind
 from reflectron.tools.sandbox.pool import InterpreterPool
-from reflectron.tools.sandbox.sandboxed import sandbox_folder
+from reflectron.tools.sandbox.process import run_sandboxed
 from reflectron.tools.sandbox.wall import python_paths
 
 pytestmark = pytest.mark.slow
-SNIPPETS = Path(__file__).with_name("hostile_snippets.yaml")
 # Only snippets that must run out of time get little of it: on a loaded machine every other one must reach its end.
 PATIENT = Limits(wall_seconds=120, cpu_seconds=60, memory_bytes=2**30, folder_bytes=128 << 20)
 LIMITS = {
@@ -34,6 +38,45 @@ LIMITS = {
     "brief": replace(PATIENT, wall_seconds=1.5),
     "frugal": replace(PATIENT, cpu_seconds=2),
 }
+# For programs as a judge runs them; the wall clock is generous, so that what ends them is what they overstep.
+TIGHT = Limits(
+    wall_seconds=90,
+    cpu_seconds=3,
+    memory_bytes=320 << 20,
+    processes=40,
+    output_bytes=1 << 16,
+    file_bytes=8 << 20,
+    folder_bytes=32 << 20,
+    folder_files=1000,
+)
+PRELUDE = """
+import ctypes, os, socket, subprocess, sys, time
+MiB = 1 << 20
+
+def call(name, *arguments):
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    packed = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
+    result = libc.syscall(ctypes.c_long(calls[name]), *packed)
+    return -ctypes.get_errno() if result == -1 else result
+
+def refused(name, *arguments):
+    result = call(name, *arguments)
+    print(name, result if result in (-1, -38) else f"ESCAPED {result}")
+
+"""
+MORE_CALLS = {"mmap": (9, 222), "prctl": (157, 167), "clone": (56, 220), "socketpair": (53, 199)}
+PROBLEM = {
+    "prompt": 'def add(a, b):\n    """The sum of a and b."""\n',
+    "entry_point": "add",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n",
+}
+FILES = {
+    "interpreter": "hostile_snippets.yaml",
+    "program": "hostile_programs.yaml",
+    "sample": "hostile_own_samples.yaml",
+}
+DOCS = Path(__file__).parents[2] / "docs" / "sandbox.md"
 
 
 @dataclass
@@ -57,7 +100,7 @@ class Host:
         self._listen(socket.AF_UNIX, socket.SOCK_STREAM, "\0" + abstract)
         self._listen(socket.AF_UNIX, socket.SOCK_STREAM, str(self.folder / "s"))
         victim = subprocess.Popen(["sleep", "100000"])
-        home = Path.home()
+        own = Path.home()
         try:
             yield {
                 "tcp_port": tcp.getsockname()[1],
@@ -67,10 +110,11 @@ class Host:
                 "file": str(file),
                 "pid": victim.pid,
                 "marker": self.marker,
-                "home": str(home),
+                "home": str(own),
                 "home_parts_of_python": [
-                    path.relative_to(home).parts[0] for path in python_paths() if path.is_relative_to(home)
+                    path.relative_to(own).parts[0] for path in python_paths() if path.is_relative_to(own)
                 ],
+                "oom_score_adj": int(Path("/proc/self/oom_score_adj").read_text()),
             }
             assert victim.poll() is None
             assert file.read_text() == self.secret
@@ -95,61 +139,150 @@ class Host:
         return listener
 
 
-def test_nothing_gets_out_and_the_pool_goes_on(
-    sandbox: SandboxKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    snippets = yaml.safe_load(SNIPPETS.read_text(encoding="utf-8"))
-    host = Host(tmp_path)
-    monkeypatch.setenv("REFLECTRON_SECRET", host.secret)
-    children = set(psutil.Process().children(recursive=True))
-    with contextlib.ExitStack() as running:
-        facts = running.enter_context(host.watched())
-        pools = {name: running.enter_context(InterpreterPool(sandbox, limits, 1)) for name, limits in LIMITS.items()}
+@dataclass(frozen=True)
+class Attempt:
+    """One hostile program and what became of it."""
 
-        def attempt(snippet: dict[str, Any]) -> Execution:
+    over: str
+    name: str
+    ended: str
+    seconds: float
+    faults: tuple[str, ...]
+    """Why it is not contained."""
+
+
+def try_cells(sandbox: SandboxKind, facts: dict[str, Any], secret: str) -> list[Attempt]:
+    """Each in a session of its own; afterwards the pools serve as before."""
+    with contextlib.ExitStack() as running:
+        pools = {name: running.enter_context(InterpreterPool(sandbox, limits, 2)) for name, limits in LIMITS.items()}
+
+        def attempt(snippet: dict[str, Any]) -> Attempt:
             with pools[snippet.get("limits", "patient")].session() as interpreter:
                 assert interpreter.execute(f"host = {facts!r}").status == "ok", snippet["name"]
-                return interpreter.execute(snippet["code"])
+                execution = interpreter.execute(snippet["code"])
+            # Not the word in the source that a traceback quotes.
+            said = execution.text.replace('"ESCAPED', "")
+            faults = {
+                f"ended with {execution.status}": execution.status not in snippet["ends"],
+                f"said {execution.text[-500:]!r}": snippet.get("says", "") not in execution.text,
+                f"escaped: {said[-500:]!r}": "ESCAPED" in said or secret in said,
+                "no reason": execution.status not in ("ok", "error") and "[stopped: " not in execution.text,
+                "too much text": len(execution.text) > 2 * PATIENT.output_bytes,
+            }
+            return Attempt("interpreter", snippet["name"], execution.status, execution.seconds, true_of(faults))
 
-        with ThreadPoolExecutor(2) as workers:
-            executions = list(workers.map(attempt, snippets))
+        with ThreadPoolExecutor(4) as workers:
+            attempts = list(workers.map(attempt, load("hostile_snippets.yaml")))
         for pool in pools.values():
             with pool.session() as interpreter:
                 assert interpreter.execute("print(6 * 7)").text == "42\n"
+    return attempts
+
+
+def try_programs(sandbox: SandboxKind, facts: dict[str, Any], secret: str) -> list[Attempt]:
+    """Each as a judge runs a sample."""
+    column = 0 if platform.machine() == "x86_64" else 1
+    calls = {name: numbers[column] for name, numbers in (seccomp._REFUSED | MORE_CALLS).items()}
+    prelude = f"host, limit, calls = {facts!r}, {vars(TIGHT)!r}, {calls!r}\n{PRELUDE}"
+
+    def attempt(program: dict[str, Any]) -> Attempt:
+        with sandbox_folder() as folder:
+            (folder / "program.py").write_text(prelude + program["code"])
+            outcome = run_sandboxed(sandbox, [sys.executable, "-I", "program.py"], folder=folder, limits=TIGHT)
+            said = outcome.stdout + outcome.stderr.replace('"ESCAPED', "")
+            faults = {
+                f"ended with {outcome.ended}: {outcome.stderr[-500:]!r}": outcome.ended not in program["ends"],
+                f"escaped: {said[-500:]!r}": "ESCAPED" in said or secret in said,
+                f"held its place for {outcome.seconds:.0f} s": outcome.seconds > program.get("within", 60),
+            }
+        if folder.exists():
+            faults["left a folder"] = True
+        return Attempt("program", program["name"], outcome.ended, outcome.seconds, true_of(faults))
+
+    with ThreadPoolExecutor(6) as workers:
+        return list(workers.map(attempt, load("hostile_programs.yaml")))
+
+
+def try_samples(tmp_path: Path) -> list[Attempt]:
+    """All in one file, with right answers between them, through the command that scores."""
+    samples = load("hostile_own_samples.yaml")
+    right = "def add(a, b):\n    return a + b\n"
+    codes = [code for sample in samples for code in (sample["code"], right)]
+    problems, completions, out = (tmp_path / name for name in ("mine.jsonl", "answers.jsonl", "score.json"))
+    rows = [PROBLEM | {"task_id": f"own/{number}"} for number in range(len(codes))]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [{"task_id": f"own/{number}", "solution": code} for number, code in enumerate(codes)]
+    completions.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    words = ["eval", "score", str(completions), "--dataset", str(problems), "--min-time-limit", "1", "--json", str(out)]
+    before = time.monotonic()
+    assert main(words) == 0
+    seconds = (time.monotonic() - before) / len(samples)
+    text = out.read_text()
+    failed = {row["task_id"]: row["base"] for row in json.loads(text)["failed"]}
+    assert not [number for number in range(1, len(codes), 2) if f"own/{number}" in failed]
+    assert not [char for char in text if not char.isprintable() and char not in "\n\t"]
+    verdicts = [failed.get(f"own/{2 * number}", "pass") for number in range(len(samples))]
+    return [
+        Attempt("sample", sample["name"], verdict, seconds, true_of({"passed": verdict == "pass"}))
+        for sample, verdict in zip(samples, verdicts, strict=True)
+    ]
+
+
+def test_hostile_programs_are_contained(
+    sandbox: SandboxKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "host").mkdir()
+    host = Host(tmp_path / "host")
+    monkeypatch.setenv("REFLECTRON_SECRET", host.secret)
+    home()
+    children = set(psutil.Process().children(recursive=True))
+    with host.watched() as facts:
+        attempts = [*try_cells(sandbox, facts, host.secret), *try_programs(sandbox, facts, host.secret)]
     assert set(psutil.Process().children(recursive=True)) <= children
-    lines = [f"{s['name']:<50} {e.status:<10} {e.seconds:5.1f} s" for s, e in zip(snippets, executions, strict=True)]
+    attempts += try_samples(tmp_path)
+    open_doors = {f"{attempt.over}: {attempt.name}" for attempt in attempts if attempt.faults}
     with capsys.disabled():
-        print("", *lines, f"{len(snippets)} hostile snippets, none got out", sep="\n")
-    for snippet, execution in zip(snippets, executions, strict=True):
-        context = f"{snippet['name']}: {execution.status}\n{execution.text[-2000:]}"
-        assert execution.status in snippet["ends"], context
-        assert snippet.get("says", "") in execution.text, context
-        # Not the word in the source that a traceback quotes.
-        assert "ESCAPED" not in execution.text.replace('"ESCAPED', ""), context
-        assert host.secret not in execution.text, context
-        assert execution.status in ("ok", "error") or "[stopped: " in execution.text, context
-        assert len(execution.text) < 2 * PATIENT.output_bytes, context
+        print()
+        for attempt in attempts:
+            print(
+                f"{attempt.over:<12} {attempt.name:<60} {attempt.ended:<10} {attempt.seconds:5.1f} s", *attempt.faults
+            )
+        print(f"tried {len(attempts)}, contained {len(attempts) - len(open_doors)}, not contained {len(open_doors)}")
+        print(*(f"not contained: {name}" for name in sorted(open_doors)), sep="\n")
+    assert len(attempts) >= 120
+    expected = {
+        f"{over}: {entry['name']}"
+        for over, file in FILES.items()
+        for entry in load(file)
+        if "lets" in entry and lets_here(entry["lets"])
+    }
+    assert open_doors == expected
 
 
-def test_a_sandbox_ends_with_the_program_that_started_it(sandbox: SandboxKind) -> None:
-    marker = str(10**8 + secrets.randbelow(10**8))
-    program = f"""if True:
-        from pathlib import Path
-        from reflectron.tools.sandbox.process import Limits, run_sandboxed
-        run_sandboxed({sandbox!r}, ["sleep", "{marker}"], folder=Path("."), limits=Limits(wall_seconds=1000))
-    """
-    with sandbox_folder() as folder:
-        starter = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=folder, env={**os.environ, "TMPDIR": str(folder)}
-        )
-        # Not before the program itself runs: bubblewrap asks for the signal of its parent's death while it starts.
-        while ["sleep", marker] not in [process.info["cmdline"] for process in sleepers(marker)]:
-            assert starter.poll() is None
-        starter.kill()
-        starter.wait()
-        until = time.monotonic() + 60
-        while sleepers(marker):
-            assert time.monotonic() < until
+def test_the_page_names_what_is_not_contained() -> None:
+    page = DOCS.read_text(encoding="utf-8")
+    section = page.partition("## What the drill does not contain")[2].partition("\n## ")[0]
+    told = set(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", section, re.MULTILINE)) - {("program", "where")}
+    written = {(entry["name"], entry["lets"]) for file in FILES.values() for entry in load(file) if "lets" in entry}
+    assert {pair for pair in told if not pair[0].startswith("-")} == written
+
+
+def load(file: str) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+    return entries
+
+
+def true_of(faults: dict[str, bool]) -> tuple[str, ...]:
+    return tuple(fault for fault, holds in faults.items() if holds)
+
+
+def lets_here(where: str) -> bool:
+    if where == "as a user":
+        return os.geteuid() != 0
+    if where == "without a cgroup":
+        return home().groups is None
+    assert where == "always"
+    return True
 
 
 def sleepers(marker: str) -> list[psutil.Process]:

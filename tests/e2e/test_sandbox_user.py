@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from reflectron.tools import sandbox as package
+from reflectron.tools.sandbox.home import sandbox_folder
 from reflectron.tools.sandbox.limits import SandboxKind
-from reflectron.tools.sandbox.sandboxed import sandbox_folder
 
 pytestmark = pytest.mark.slow
 AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "-i"]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +23,10 @@ from reflectron.engine.checkpoint.manifest import (
     write_manifest,
 )
 from reflectron.engine.checkpoint.retention import (
+    Candidates,
     commit,
     partial_folder,
+    remove_partial,
     remove_surplus,
     saved_steps,
     set_aside,
@@ -73,7 +81,8 @@ def test_a_cut_or_missing_file_is_found(manifest: Manifest, tmp_path: Path) -> N
 def test_a_changed_manifest_is_found(manifest: Manifest, tmp_path: Path) -> None:
     path = tmp_path / MANIFEST
     text = path.read_text(encoding="utf-8")
-    for damaged in ("", "null", text[:-20], text.replace('"step": 12', '"step": 13')):
+    deep = "[" * 100_000
+    for damaged in ("", "null", "[]", "12", deep, text[:-20], text.replace('"step": 12', '"step": 13')):
         path.write_text(damaged, encoding="utf-8")
         with pytest.raises(DamagedCheckpoint, match=f"{path} is damaged"):
             read_manifest(tmp_path)
@@ -82,39 +91,120 @@ def test_a_changed_manifest_is_found(manifest: Manifest, tmp_path: Path) -> None
         read_manifest(tmp_path)
 
 
-def write(root: Path, step: int) -> None:
-    partial_folder(root, step).mkdir(parents=True)
-    (partial_folder(root, step) / "content").write_text("new", encoding="utf-8")
+def write(root: Path, step: int) -> Path:
+    partial = partial_folder(root, step)
+    partial.mkdir(parents=True)
+    (partial / "content").write_text("new", encoding="utf-8")
+    return partial
+
+
+def save(root: Path, *steps: int) -> None:
+    for step in steps:
+        commit(root, step, write(root, step))
 
 
 def test_latest_moves_with_the_commit(tmp_path: Path) -> None:
-    assert steps_to_try(tmp_path / "none") == []
-    for step in (3, 6):
-        write(tmp_path, step)
-        commit(tmp_path, step)
+    assert steps_to_try(tmp_path / "none") == Candidates(())
+    save(tmp_path, 3, 6)
     write(tmp_path, 9)
     assert (tmp_path / "latest").read_text(encoding="utf-8") == "step_00000006\n"
-    assert steps_to_try(tmp_path) == [6, 3]
+    assert steps_to_try(tmp_path) == Candidates((6, 3))
 
 
 def test_a_later_checkpoint_is_not_tried_and_is_replaced(tmp_path: Path) -> None:
     """As when the run went on from the one before."""
-    for step in (3, 6):
-        write(tmp_path, step)
-        commit(tmp_path, step)
+    save(tmp_path, 3, 6)
     (tmp_path / "latest").write_text("step_00000003\n", encoding="utf-8")
     (step_folder(tmp_path, 6) / "old").touch()
-    assert steps_to_try(tmp_path) == [3]
-    write(tmp_path, 6)
-    commit(tmp_path, 6)
+    assert steps_to_try(tmp_path) == Candidates((3,))
+    save(tmp_path, 6)
     assert [path.name for path in step_folder(tmp_path, 6).iterdir()] == ["content"]
-    assert steps_to_try(tmp_path) == [6, 3]
+    assert steps_to_try(tmp_path) == Candidates((6, 3))
 
 
-def test_a_strange_latest_is_named(tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text("12\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="latest names no checkpoint, expected a line such as step_00000012"):
-        steps_to_try(tmp_path)
+def rewrite(path: Path, **changes: object) -> None:
+    """A manifest with other entries whose checksum is right."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    del content["sha256"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": digest, **content}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 9}, "has format version 9, expected 1"),
+        ({"format_version": None}, "has format version None, expected 1"),
+        ({"step": "12"}, "does not hold what a manifest does"),
+        ({"step": -1}, "does not hold what a manifest does"),
+        ({"files": []}, "does not hold what a manifest does"),
+        ({"files": {"tensors": 1}}, "does not hold what a manifest does"),
+        ({"files": {"../tensors": {"bytes": 1, "sha256": ""}}}, "leads out of the folder"),
+        ({"run": None}, "does not hold what a manifest does"),
+        ({"skipped": {"total": []}}, "does not hold what a manifest does"),
+        ({"new": 1}, "does not hold what a manifest does"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_named(
+    manifest: Manifest, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    rewrite(tmp_path / MANIFEST, **changes)
+    with pytest.raises(DamagedCheckpoint, match=words):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).mkdir()
+    with pytest.raises(DamagedCheckpoint, match="cannot be read: Is a directory"):
+        read_manifest(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(DamagedCheckpoint, match="cannot be read: Not a directory"):
+        read_manifest(tmp_path / "file")
+
+
+def replace_by(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda path: path.write_text("step_000", encoding="utf-8"), "names no checkpoint ('step_000')"),
+    "empty": (lambda path: path.write_text("", encoding="utf-8"), "names no checkpoint ('')"),
+    "a number": (lambda path: path.write_text("12\n", encoding="utf-8"), "names no checkpoint ('12')"),
+    "bytes": (lambda path: path.write_bytes(b"\xff\xfe" * 50), "names no checkpoint"),
+    "large": (
+        lambda path: path.write_bytes(b"step_00000006" * 10**5),
+        f"names no checkpoint ('{('step_00000006' * 3)}…')",
+    ),
+    "escape": (lambda path: path.write_text("\x1b[2Jx", encoding="utf-8"), "names no checkpoint ('\\x1b[2Jx')"),
+    "another step": (
+        lambda path: path.write_text("step_00000007", encoding="utf-8"),
+        "names step_00000007, which is not there",
+    ),
+    "folder": (replace_by(Path.mkdir), "cannot be read: Is a directory"),
+    "missing": (replace_by(lambda path: None), "cannot be read: No such file or directory"),
+    "loop": (replace_by(lambda path: path.symlink_to(path)), "cannot be read: Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_latest_is_named_and_mended_by_the_next_save(name: str, tmp_path: Path) -> None:
+    damage, words = DAMAGES[name]
+    save(tmp_path, 3, 6)
+    damage(tmp_path / "latest")
+    found = steps_to_try(tmp_path)
+    assert found.steps == (6, 3)
+    assert found.note == f"{tmp_path / 'latest'} {words}; the newest intact checkpoint is taken"
+    save(tmp_path, 9)
+    remove_partial(tmp_path)
+    assert steps_to_try(tmp_path) == Candidates((9, 6, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        *(f"step_{step:08d}" for step in (3, 6, 9)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,20 +222,70 @@ def test_surplus(steps: list[int], keep_last: int, keep_every: int, expected: li
 
 
 def test_removal_spares_later_steps_and_takes_leftovers(tmp_path: Path) -> None:
-    for step in (3, 6, 9, 12):
-        write(tmp_path, step)
-        commit(tmp_path, step)
-    write(tmp_path, 15)
+    save(tmp_path, 3, 6, 9, 12)
+    left = write(tmp_path, 15)
     remove_surplus(tmp_path, 9, keep_last=1, keep_every=0)
     assert saved_steps(tmp_path) == [9, 12]
-    assert not partial_folder(tmp_path, 15).exists()
+    assert not left.exists()
+
+
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
+
+
+def killed_at(number: int, root: Path, action: Callable[[], None]) -> bool:
+    """Run ``action`` in a process that is killed before its file operation ``number`` under ``root``; False if it ends
+    before."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    seen = [0]
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        # Removal of a folder works inside it, by names without a path.
+        relative = event in FILE_EVENTS and isinstance(args[0], (str, Path)) and not str(args[0]).startswith("/")
+        if event in FILE_EVENTS and (relative or str(args[0]).startswith(str(root))):
+            seen[0] += 1
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    action()
+    os._exit(0)
+
+
+def test_a_save_that_is_killed_at_any_file_operation_loses_nothing(tmp_path: Path) -> None:
+    """Before each of them in turn: a checkpoint of before or the new one is there, whole, and the next save works."""
+    kills = 0
+    while True:
+        root = tmp_path / str(kills)
+        save(root, 3, 6)
+        # A folder of the same step, left by a run that was continued from before it.
+        save(root, 9)
+        (root / "latest").write_text("step_00000006\n", encoding="utf-8")
+
+        def save_and_remove(root: Path = root) -> None:
+            save(root, 9)
+            remove_surplus(root, 9, keep_last=2, keep_every=0)
+
+        killed = killed_at(kills + 1, root, save_and_remove)
+        newest = steps_to_try(root).steps[0]
+        assert newest in (6, 9)
+        assert (step_folder(root, newest) / "content").read_text(encoding="utf-8") == "new"
+        save(root, 12)
+        remove_surplus(root, 12, keep_last=2, keep_every=0)
+        assert steps_to_try(root).steps[0] == 12
+        assert len(saved_steps(root)) == 2
+        assert not [path for path in root.iterdir() if path.suffix in (".partial", ".tmp")]
+        if not killed:
+            break
+        kills += 1
+    assert kills >= 12
 
 
 def test_starting_over_keeps_one_former_run(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     for step in (3, 6):
-        write(root, step)
-        commit(root, step)
+        save(root, step)
         set_aside(root)
     set_aside(root)
     assert not root.exists()
@@ -177,3 +317,21 @@ def test_rows_of_a_continued_run(tmp_path: Path) -> None:
     assert read_rows(path) == []
     assert (tmp_path / "metrics.previous.jsonl").read_text(encoding="utf-8") == "".join(lines[:3])
     assert (tmp_path / "validation.previous.jsonl").exists()
+
+
+def test_damaged_rows_are_named_and_kept_aside(tmp_path: Path) -> None:
+    from reflectron.engine.config import Config, TrainConfig
+    from reflectron.engine.metrics import MetricsLog, read_rows
+
+    config = Config(output_dir=str(tmp_path), train=TrainConfig(tensorboard=False))
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step, "loss": None}).encode() for step in range(1, 6)]
+    damaged = b"\n".join([rows[0], b"\x00\xff", b'{"step": "2"}', b"[]", b"[" * 10**5, rows[2], rows[4], b'{"st'])
+    path.write_bytes(damaged)
+    log = MetricsLog(config, first_step=3)
+    log.close()
+    assert log.notes == [
+        f"{path}: 4 lines are no rows and are left out; {tmp_path / 'metrics.damaged.jsonl'} keeps the file as it was"
+    ]
+    assert [row["step"] for row in read_rows(path)] == [1, 3]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damaged

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Message, parse_record
+from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Message
+from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.data.tokenizer import TAGS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -87,7 +88,47 @@ def test_empty_contents_are_data() -> None:
     assert parse_record(record).messages[1].blocks == (Block("text", ""), Block("execution", ""))
 
 
+def parts(*texts: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_text_parts_are_the_same_as_plain_strings() -> None:
+    turns = [("system", "s"), ("user", "u"), ("assistant", "a")]
+    plain = parse_record({"messages": [{"role": role, "content": text} for role, text in turns]})
+    as_parts = {"messages": [{"role": role, "content": parts(text)} for role, text in turns]}
+    assert parse_record(as_parts) == plain
+    # Parquet gives every part the keys of all parts.
+    for message in as_parts["messages"]:
+        message["content"] = [{**part, "content": None, "image_url": None} for part in message["content"]]
+        message |= {"weight": float("nan"), "tool_calls": None, "refusal": None}
+    assert parse_record(as_parts) == plain
+    several = parse_record({"messages": [USER, {"role": "assistant", "content": parts("a", "b")}]})
+    assert several.messages[1].blocks == (Block("text", "a"), Block("text", "b"))
+    mixed = reflection("user", "assistant", "user", "assistant")
+    mixed["messages"][0]["content"], mixed["messages"][2]["content"] = parts("x"), "x"
+    assert parse_record(mixed) == parse_record(reflection("user", "assistant", "user", "assistant"))
+
+
+@pytest.mark.parametrize(("weights", "supervised"), [((None, 0), [True, False]), ((0.0, 1), [False, True])])
+def test_weight_zero_keeps_a_message_out_of_the_loss(weights: Any, supervised: list[bool]) -> None:
+    answers = [{"role": "assistant", "content": "a", "weight": weight} for weight in weights]
+    conversation = parse_record({"messages": [USER | {"weight": 0}, answers[0], USER, answers[1]]})
+    assert [m.supervised for m in conversation.messages if m.role == "assistant"] == supervised
+
+
+def test_the_reflection_sequence_alone_may_have_weight_zero() -> None:
+    record = reflection("user", "assistant", "user", "assistant")
+    record["messages"][1]["weight"] = 0
+    assert [m.supervised for m in parse_record(record).messages] == [True, False, True, True]
+
+
 USER = {"role": "user", "content": "u"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def weighted(weight: Any, role: str = "assistant") -> dict[str, Any]:
+    first = {"role": role, "content": "x", "weight": weight}
+    return {"messages": [first, ANSWER] if role == "user" else [USER, first]}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +166,70 @@ USER = {"role": "user", "content": "u"}
             {"type": "generation", "messages": [{"role": "user", "content": [block(["x"])]}]},
             "not a string: message 1 block 1 content is ['x']",
         ),
+        ({"instruction": "x", "output": None}, "missing value: output is None, expected a text"),
+        ({"instruction": float("nan"), "output": "x"}, "missing value: instruction is nan, expected a text"),
+        ({"query": None, "answer": None}, "missing value: query is None"),
+        ({"messages": None, "id": 1}, "missing value: messages is None"),
+        ({"instruction": "x", "output": ["y"]}, "not a string: output is ['y']"),
+        ({"instruction": "x", "output": b"y"}, "not a string: output is b'y'"),
+        ({"instruction": "x", "output": 1.5}, "not a string: output is 1.5"),
+        ({"\ud800": 1, "\x1b[2J": 2}, "unknown columns: found \\x1b[2J, \\ud800; expected"),
+        ({"instruction": "x", "output": ""}, "empty answer: message 2 has nothing to learn"),
+        ({"instruction": "x", "output": " \n\t"}, "empty answer: message 2"),
+        ({"query": "x", "answer": "&#32;"}, "empty answer: message 2"),
+        ({"prompt": "x", "privileged_context": "y", "completion": ""}, "empty answer: message 3"),
+        ({"messages": [USER, ANSWER, USER, ANSWER | {"content": ""}]}, "empty answer: message 4"),
+        ({"messages": [USER, ANSWER | {"content": parts("", " ")}]}, "empty answer: message 2"),
+        (
+            {"type": "generation", "messages": [USER, ANSWER | {"content": [block("1", "execution")]}]},
+            "empty answer: message 2",
+        ),
+        (weighted(0), "no supervised token: every assistant message has weight 0"),
+        (weighted(0.5), "unsupported weight: message 2 has 0.5, expected 0 or 1"),
+        (weighted(2), "unsupported weight: message 2 has 2"),
+        (weighted(-1), "unsupported weight: message 2 has -1"),
+        (weighted(True), "unsupported weight: message 2 has True"),
+        (weighted("0"), "unsupported weight: message 2 has '0'"),
+        (weighted(float("inf")), "unsupported weight: message 2 has inf"),
+        (weighted([1]), "unsupported weight: message 2 has [1]"),
+        (weighted(1, "user"), "unsupported weight: message 1 is the user's and has 1"),
+        (
+            {"type": "reflection", "messages": [USER, ANSWER, USER, ANSWER | {"weight": 0}]},
+            "unsupported weight: message 4 has 0, but distillation always learns the last turn",
+        ),
+        (
+            {"messages": [USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]},
+            "unknown block type: message 1 block 1 has 'image_url'",
+        ),
+        (
+            {"messages": [USER | {"content": [{"type": "input_audio"}]}, ANSWER]},
+            "unknown block type: message 1 block 1",
+        ),
+        (
+            {"messages": [USER | {"content": [{"type": "text", "text": "x", "content": "y"}]}, ANSWER]},
+            "unknown key: message 1 block 1 has 'text' beside its type and content",
+        ),
+        (
+            {"messages": [USER | {"content": [{"type": "text", "text": "x", "cache": 1}]}, ANSWER]},
+            "unknown key: message 1 block 1 has 'cache' beside its type and text",
+        ),
+        ({"messages": [USER | {"content": [{"type": "text"}]}, ANSWER]}, "not a string: message 1 block 1 content is"),
+        (
+            {"messages": [USER | {"content": [{"type": "text", "text": 1}]}, ANSWER]},
+            "not a string: message 1 block 1 tex",
+        ),
+        (
+            {"type": "generation", "messages": [USER | {"content": [{"type": "code", "text": "x"}]}, ANSWER]},
+            "unknown key: message 1 block 1 has 'text' beside its type and content",
+        ),
+        (
+            {"type": "generation", "messages": [USER | {"content": [*parts("x"), block()]}, ANSWER]},
+            "mixed blocks: message 1",
+        ),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "unsupported key: message 2 has 'tool_calls'"),
+        ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, "unsupported key: message 2 has 'function"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}, "unsupported key: message 2 has 'reasoning_con"),
+        ({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}, "unsupported column: 'tools' is not empty"),
         (reflection("user", "assistant"), "not the four parts of a reflection sample: found user, assistant; expected"),
         (reflection("user", "assistant", "assistant", "user"), "not the four parts of a reflection sample"),
         (reflection("user", "assistant", "user", "assistant", "user"), "not the four parts of a reflection sample"),
@@ -134,7 +239,7 @@ def test_faults_are_named(record: object, reason: str) -> None:
     with pytest.raises(BadRecord) as caught:
         parse_record(record)
     assert str(caught.value).startswith(reason)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
     assert ": " in str(caught.value)
 
 

@@ -252,12 +252,46 @@ def test_bad_benchmarks_are_named(tmp_path: Path) -> None:
     for content, message in (
         ("{oops", r"benchmark .*x.jsonl cannot be read"),
         ('{"a": 1}', r"benchmark .*x.jsonl: unknown columns a; expected one of"),
-        ("", r"benchmark .*x.jsonl holds no task"),
+        ("", r"data file .*x.jsonl holds no record"),
         ('{"question": "q", "answer": 5}', r"benchmark .*x.jsonl: row 1 has a column of an unexpected type"),
     ):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             load_benchmark(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"a": 1}\n' * 3, "none of its 3 records has a text to look at, most for 'no text'"),
+        ("instruction,output\nx,y\n", "none of its 2 records has a text to look at, most for 'bad JSON'"),
+        (
+            '{"data": [{"instruction": "x"}, {"instruction": "y"}]}',
+            "one JSON object, whose list 'data' holds 2 objects",
+        ),
+        ("", "holds no record"),
+    ],
+)
+def test_a_file_without_a_text_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+) -> None:
+    (tmp_path / "x.json").write_text(content)
+    command = ["data", "decontaminate", str(tmp_path / "x.json"), "--benchmarks", *BENCHMARKS]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "contaminated" not in printed.out
+    assert not list((tmp_path / "out").glob("kept/*"))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_records_is_searched(tmp_path: Path, fragments: tuple[Fragment, ...], indent: int | None) -> None:
+    rows = [{"text": "nothing\nto find here"}, {"text": fragment(fragments, "HumanEval/3", "prompt").text}]
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=indent))
+    (report, *_) = decontaminate([tmp_path / "x.json"], tmp_path / "out")
+    assert (report["task_id"], report["index"], report["line"]) == ("HumanEval/3", 1, 1 if indent is None else 5)
+    kept, excluded = ((tmp_path / "out" / part / "x.jsonl").read_text() for part in ("kept", "excluded"))
+    assert [json.loads(line) for line in (kept + excluded).splitlines()] == rows
 
 
 @pytest.mark.slow

@@ -1,18 +1,15 @@
-"""What scoring reads and counts, and what the reader of answers refuses; running code is for the slow tests."""
+"""What scoring reads, keeps and counts; running code is for the slow tests."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import pickle
 from pathlib import Path
 
 import pytest
 
-from reflectron.tools.eval.answers import DataUnpickler
 from reflectron.tools.eval.problems import find_data, find_problems, load_problems
-from reflectron.tools.eval.score import Sample, describe, read_samples, summarize
+from reflectron.tools.eval.samples import Sample, read_samples
+from reflectron.tools.eval.score import describe, summarize
 from reflectron.tools.eval.verdict import Verdict
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -67,7 +64,7 @@ def test_completions_follow_the_prompt_and_solutions_stand_alone(tmp_path: Path)
         ('{"task_id": "HumanEval/999", "solution": ""}', "which the data set does not have"),
         ('{"task_id": "HumanEval/2"}', "neither a text 'solution' nor a text 'completion'"),
         ('{"task_id": "HumanEval/2", "solution": ""}', "no completion for 11 of 12 tasks"),
-        ("[1]", "c.jsonl:1 is list"),
+        ("[1]", "c.jsonl:1 is int"),
         ("{", "c.jsonl:1 is not JSON"),
     ],
 )
@@ -91,17 +88,6 @@ def test_data_is_found_where_evalplus_looks(tmp_path: Path, monkeypatch: pytest.
     assert find_data("mbpp", None) == BENCHMARKS / "mbpp_plus_subset.jsonl"
     with pytest.raises(ValueError, match="no 'code_context'"):
         load_problems("ds1000", BENCHMARKS / "mbpp_plus_subset.jsonl")
-
-
-def test_answers_that_would_run_code_are_refused() -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, ("true",)
-
-    with pytest.raises(pickle.UnpicklingError, match="no data"):
-        DataUnpickler(io.BytesIO(pickle.dumps(Evil()))).load()
-    plain = {"a": [1, 2.5, (None, True)], (3, 4): {5, 6}, "z": 1 + 2j}
-    assert DataUnpickler(io.BytesIO(pickle.dumps(plain))).load() == plain
 
 
 OWN = {"task_id": "own/0", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(candidate):\n    pass\n"}

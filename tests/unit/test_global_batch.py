@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, LossConfig, MaskConfig, ModelConfig
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches, assemble
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.packing import CostModel
@@ -55,7 +56,7 @@ def make_config(**batch: int) -> Config:
 
 
 def make_batches(store: TokenStore, config: Config, rank: int = 0, ranks: int = 1) -> GlobalBatches:
-    order = SampleOrder(np.ones(len(store)), config.seed)
+    order = SampleOrder([1.0], np.zeros(len(store), int), config.seed)
     return GlobalBatches(
         store,
         order,
@@ -70,8 +71,7 @@ def make_batches(store: TokenStore, config: Config, rank: int = 0, ranks: int = 
 
 def block_views(store: TokenStore, rate: float) -> list[SampleViews]:
     """Views of all samples with the mask ``block``, whose visible tokens are recorded."""
-    generator = np.random.default_rng(0)
-    return [make_views(s, visible_tokens(s, MaskConfig(), rate, generator)) for s in map(store.__getitem__, range(24))]
+    return [make_views(s, visible_tokens(s, MaskConfig(), rate, Draws(0))) for s in map(store.__getitem__, range(24))]
 
 
 def tensors_of(batch: GlobalBatch) -> list[torch.Tensor]:
@@ -154,7 +154,7 @@ def test_students_count_their_visible_tokens(store: TokenStore, rate: str) -> No
 def test_none_shares_one_view(store: TokenStore) -> None:
     mask = MaskConfig(strategy="none")
     samples = [store[index] for index in range(24)]
-    views = [make_views(s, visible_tokens(s, mask, 0.5, np.random.default_rng(0))) for s in samples]
+    views = [make_views(s, visible_tokens(s, mask, 0.5, Draws(0))) for s in samples]
     batch = assemble(views, make_config(), COST, 0.5, 0, 1)
     assert batch.tokens.student == 0
     assert batch.tokens.total == int(store.lengths.sum())

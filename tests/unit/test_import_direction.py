@@ -13,7 +13,8 @@ ROOMS = ("kernels", "engine", "tools")
 
 # Each room of engine may import itself, its own level and the levels above it in this list.
 ENGINE_LEVELS = (
-    {"config", "text"},
+    {"config", "text", "terminal", "files"},
+    {"job_lock"},
     {"data"},
     {"parallel"},
     {"model", "backends"},

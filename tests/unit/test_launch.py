@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from reflectron.engine.parallel import launch
 from reflectron.engine.parallel.launch import (
     REQUEUE_EXIT_CODE,
     WATCHDOG_EXIT_CODE,
@@ -132,6 +133,73 @@ def test_a_rank_that_hears_nothing_does_not_delay_the_watchdog(
     log = tmp_path / "logs" / "rank_1.log"
     expected = f"reflectron: the watchdog of rank 1 ended the run: exit code 86; the end of {log}:\n"
     assert capfd.readouterr().err == f"{expected}  nothing was heard from rank 0\n"
+
+
+# Every rank stops the one named on the command line, which may be itself, and waits.
+STOPPING = "import os, signal, sys\nif os.environ['RANK'] == sys.argv[1]: os.kill(os.getpid(), signal.SIGSTOP)\n"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_stays_stopped_ends_the_run(
+    rank: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_AFTER_WATCHDOG_S", 0.2)
+    monkeypatch.setattr(launch, "_LOOK_S", 0.1)
+    command = [sys.executable, "-S", "-c", STOPPING + "signal.pause()", rank]
+    code = spawn_local(command, 2, threads_per_process=1, log_dir=tmp_path, silence_s=0.3)
+    assert code == WATCHDOG_EXIT_CODE
+    assert capfd.readouterr().err.startswith(f"reflectron: rank {rank} was stopped (SIGSTOP) for ")
+
+
+def test_a_rank_that_stops_for_a_while_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_LOOK_S", 0.05)
+    # Each is continued by a child of its own, after a time that the launcher has seen it stand still.
+    script = (
+        "import os, signal, sys, time\npid = os.getpid()\n"
+        "if os.fork() == 0: time.sleep(0.5); os.kill(pid, signal.SIGCONT); os._exit(0)\n"
+        "os.kill(pid, signal.SIGSTOP)\nos.wait()\n"
+    )
+    assert spawn(script, 2, tmp_path) == 0
+
+
+def test_time_in_which_all_stand_still_is_not_counted(tmp_path: Path) -> None:
+    # As in a suspended job: the launcher is stopped as well, and longer than ranks may be alone.
+    fifo, done = tmp_path / "fifo", tmp_path / "done"
+    os.mkfifo(fifo)
+    launcher = LAUNCHER.replace("grace_s=10", "grace_s=10, silence_s=0.3").replace(
+        "sys.exit(",
+        "from reflectron.engine.parallel import launch\nlaunch._AFTER_WATCHDOG_S, launch._LOOK_S = 0.3, 0.1\nsys.exit(",
+    )
+    script = (
+        "import os, sys, time\nup = open(sys.argv[1], 'w')\nup.write(f'{os.getpid()}\\n'); up.flush()\n"
+        "while not os.path.exists(sys.argv[2]): time.sleep(0.01)\n"
+    )
+    words = [sys.executable, "-c", launcher, script, str(fifo), str(done), str(tmp_path / "logs")]
+    with subprocess.Popen(words) as process:
+        with open(fifo) as up:
+            everybody = [*(int(up.readline()) for _ in range(2)), process.pid]
+        for pid in everybody:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        for pid in everybody:
+            os.kill(pid, signal.SIGCONT)
+        done.touch()
+        assert process.wait(timeout=20) == 0
+
+
+def test_ranks_share_a_secret_and_stay_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv(launch.RUN_SECRET, "of another run")
+    script = "import json, os, sys; json.dump(dict(os.environ), open(f'{sys.argv[1]}/{os.environ[\"RANK\"]}', 'w'))"
+    secrets = set()
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        assert spawn(script, 2, tmp_path, str(tmp_path / run)) == 0
+        found = [json.loads((tmp_path / run / str(rank)).read_text()) for rank in range(2)]
+        assert all(env["GLOO_SOCKET_IFNAME"] == env["NCCL_SOCKET_IFNAME"] == "lo" for env in found)
+        assert found[0][launch.RUN_SECRET] == found[1][launch.RUN_SECRET]
+        secrets.add(found[0][launch.RUN_SECRET])
+    assert len(secrets | {"of another run"}) == 3
 
 
 def test_a_file_cut_short_under_a_memory_map_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -13,14 +14,15 @@ from typing import Any
 
 import pytest
 
+from reflectron.engine.data.tokenizer import load_tokenizer
 from reflectron.tools.llm.arguments import require
 from reflectron.tools.llm.budget import Limits
-from reflectron.tools.llm.client import ATTEMPTS, Answer, LlmClient, RequestFailed, Retries
+from reflectron.tools.llm.client import Answer, LlmClient, RequestFailed, Retries
 from reflectron.tools.llm.journal import Journal
 from reflectron.tools.llm.request import PromptTemplate, Request, Sampling
 from reflectron.tools.llm.scripted_server import Scripted, ScriptedServer
 from reflectron.tools.llm.transport import Endpoint
-from reflectron.tools.llm.work import Stop, Stopped, for_each
+from reflectron.tools.llm.work import ATTEMPTS, Stop, Stopped, for_each
 
 OK = Scripted(text="forty-two")
 
@@ -141,20 +143,42 @@ def test_a_bad_request_is_not_asked_again(tmp_path: Path) -> None:
     assert "scripted 400" in attempts(tmp_path)[0]["error"]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_a_refused_key_or_model_ends_the_run(tmp_path: Path, status: int) -> None:
     with (
         ScriptedServer(in_order(Scripted(status=status))) as server,
-        pytest.raises(ValueError, match=f"refuses --model tiny or its key: .*HTTP {status}"),
+        pytest.raises(ValueError, match=f"refused 3 requests in a row, .*HTTP {status}"),
     ):
-        ask(tmp_path, server, [question()])
-    assert [record["outcome"] for record in attempts(tmp_path)] == ["not authorised"]
+        ask(tmp_path, server, [question(str(i)) for i in range(9)])
+    outcome = "not found" if status == 404 else "not authorised"
+    assert [record["outcome"] for record in attempts(tmp_path)] == [outcome] * 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 307])
+def test_one_refusal_fails_its_request_only(tmp_path: Path, status: int) -> None:
+    refused = Scripted(status=status)
+    with ScriptedServer(in_order(refused, refused, OK, refused, refused, OK)) as server:
+        answers, _, stop = ask(tmp_path, server, [question(str(i)) for i in range(6)])
+    outcome = "not found" if status in (404, 307) else "not authorised"
+    assert [answer if isinstance(answer, str) else answer.text for answer in answers] == 2 * [outcome, outcome, OK.text]
+    assert stop.reason is None
+
+
+def test_requests_that_are_all_bad_stop_the_run(tmp_path: Path) -> None:
+    with ScriptedServer(in_order(Scripted(status=400))) as server:
+        answers, _, stop = ask(tmp_path, server, [question(str(i)) for i in range(30)])
+    assert answers == ["bad request"] * 10
+    assert str(stop.reason).startswith("10 requests failed in a row, the last with bad request: HTTP 400")
+    # Behind an answer they are each the fault of their own prompt.
+    with ScriptedServer(in_order(OK, Scripted(status=400))) as server:
+        answers, _, stop = ask(tmp_path / "more", server, [question(str(i)) for i in range(30)])
+    assert (len(answers), stop.reason) == (30, None)
 
 
 def test_no_quota_ends_the_run(tmp_path: Path) -> None:
     spent = Scripted(status=429, raw=b'{"error": {"message": "pay", "code": "insufficient_quota"}}')
     with ScriptedServer(in_order(spent)) as server, pytest.raises(ValueError, match="insufficient_quota"):
-        ask(tmp_path, server, [question()])
+        ask(tmp_path, server, [question(str(i)) for i in range(3)])
 
 
 def test_a_server_that_is_down_stops_the_run(tmp_path: Path) -> None:
@@ -211,6 +235,17 @@ def test_missing_usage_is_counted_or_estimated(tmp_path: Path) -> None:
     assert sources == ["estimate", "tokenizer"]
     assert client.budget.tokens == round(3 / 3.5) + round(13 / 3.5)
     assert counted.budget.tokens == client.budget.tokens + 6
+
+
+def test_a_real_tokenizer_counts_any_answer(tmp_path: Path, golden_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(golden_dir / "llama_after"), "reflection")
+    for number, text in enumerate(("half \ud800", "\x00\x1b[2J", "<|user|></s>", "\udcff" * 100)):
+        with ScriptedServer(in_order(Scripted(text=text, usage=False))) as server:
+            answers, client, _ = ask(
+                tmp_path / str(number), server, [question()], count=lambda text: len(tokenizer.encode(text))
+            )
+        assert answers == [Answer(text, "stop", "ok")]
+        assert client.budget.tokens > 0
 
 
 def test_a_spent_budget_stops_cleanly_and_holds_over_runs(tmp_path: Path) -> None:
@@ -294,6 +329,22 @@ def test_a_torn_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
         offset = asyncio.run(journal.append({"key": "\ud800"}))
         assert journal.read(offset) == {"key": "\ud800"}
     assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_a_record_that_finds_no_room_leaves_no_half_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(path) as journal:
+        asyncio.run(journal.append({"key": 1}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.size + 100, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"journal\.jsonl"):
+                asyncio.run(journal.append({"key": "x" * 1000}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        offset = asyncio.run(journal.append({"key": 2}))
+        assert journal.read(offset) == {"key": 2}
+        assert [record["key"] for _, record in journal.records()] == [1, 2]
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

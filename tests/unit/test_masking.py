@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from reflectron.engine.config import MaskConfig
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import mask_rate, visible_tokens
-from reflectron.engine.data.sampler import SampleRef, mask_generator
+from reflectron.engine.data.sampler import SampleRef, mask_draws
 from reflectron.engine.data.tokenization import TokenizedSample
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text(encoding="utf-8"))
@@ -52,7 +53,7 @@ def recorded_mask(strategy: str) -> MaskConfig:
 
 
 def seen(sample: TokenizedSample, mask: MaskConfig, rate: float, ref: SampleRef | None = None) -> np.ndarray:
-    visible = visible_tokens(sample, mask, rate, mask_generator(3407, ref or SampleRef(0, 0, 0)))
+    visible = visible_tokens(sample, mask, rate, mask_draws(3407, ref or SampleRef(0, 0, 0)))
     assert visible is not None
     return visible
 
@@ -131,7 +132,7 @@ def test_none_shows_everything() -> None:
 def test_a_generation_sample_has_no_student() -> None:
     for strategy in ("none", "block", "random_token"):
         mask = MaskConfig(strategy=strategy)
-        assert visible_tokens(SAMPLES["g_00"], mask, 0.5, np.random.default_rng(0)) is None
+        assert visible_tokens(SAMPLES["g_00"], mask, 0.5, Draws(0)) is None
 
 
 @pytest.mark.parametrize("strategy", ["block", "sequential_block", "random_block", "random_token", "all"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from reflectron.engine.config import DataFile, LossConfig, MaskConfig
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.microbatch import Microbatch, pack, to_device
 from reflectron.engine.data.sources import read_records
@@ -31,8 +32,8 @@ def views(request: pytest.FixtureRequest) -> list[SampleViews]:
     tokenizer = load_tokenizer(str(GOLDEN_DIR / "tokenizer_after"), "reflection")
     records = list(read_records(DataFile(path=str(GOLDEN_DIR / "samples.jsonl"))))
     samples = [tokenize(records[INDEX[name]].conversation(), tokenizer, "reflection", 448) for name in NAMES]
-    generator = np.random.default_rng(1)
-    return [make_views(s, visible_tokens(s, MaskConfig(strategy=request.param), 0.5, generator)) for s in samples]
+    mask = MaskConfig(strategy=request.param)
+    return [make_views(s, visible_tokens(s, mask, 0.5, Draws(1, i))) for i, s in enumerate(samples)]
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_server import BEHAVIOURS, KEY, Behaviour, HostileServer, chat, response, sends
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.conversation import parse_record
+from reflectron.engine.data.schemas import parse_record
 from reflectron.tools import cli
 from reflectron.tools.data.oss_rows import Cleaner, Row, Unusable, parse_answer
 from reflectron.tools.data.seeds import Seed, SeedFile, draw_seeds
@@ -134,7 +135,7 @@ def test_a_spent_budget_ends_cleanly_and_the_same_command_finishes(
         assert run("whole") == 0
         assert len(server.requests) == 40
         assert run("parts", "--max-total-tokens", "2000", "--concurrency", "1") == 1
-        assert "seeds left (the token budget is spent" in capsys.readouterr().out
+        assert re.search(r"stopped: the token budget is spent: .*; \d+ seeds left\.", capsys.readouterr().out)
         assert 0 < len(read_rows(tmp_path / "parts" / "oss_instruct.jsonl")) < 20
         assert run("parts") == 0
         assert len(server.requests) == 80
@@ -150,3 +151,64 @@ def test_a_spent_budget_ends_cleanly_and_the_same_command_finishes(
     report = json.loads((tmp_path / "whole" / "report.json").read_bytes())
     assert report["python"]["kept"] == len(rows)
     assert sum(report["python"].values()) == 40
+
+
+def ended(folder: Path, url: str, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    """Exit code and last line of a run over five documents."""
+    source = write_rows(folder / "source.jsonl", [{"content": document(n)} for n in range(5)])
+    words = ["data", "oss-instruct", f"python={source}", "--quota", "python=5", "--model", "tiny", "--endpoint", url]
+    code = cli.main([*words, "--out", str(folder / "out"), "--attempts", "1", "--retry-pause", "0", *more])
+    return code, capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_run_that_made_nothing_or_not_all_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = ended(tmp_path, "http://127.0.0.1:1/v1", capsys)
+    assert (code, "5 seeds left. All that was begun is saved; the same command goes on." in line) == (1, True)
+    with ScriptedServer(lambda body: Scripted(text="no headings")) as server:
+        code, line = ended(tmp_path, server.url, capsys)
+        assert (code, line) == (1, "nothing was made: all seeds were tried and none gave a sample")
+    with ScriptedServer(lambda body: Scripted(text="half \ud800 of a pair")) as server:
+        code, line = ended(tmp_path, server.url, capsys, "--seed", "1")
+    assert code == 1
+    assert "not Unicode" in (tmp_path / "out" / "report.json").read_text()
+    with ScriptedServer(lambda body: Scripted(text="") if "value_1_" in str(body) else scripted(body)) as server:
+        # A model that says nothing about a seed has had its say.
+        assert ended(tmp_path, server.url, capsys, "--seed", "2")[0] == 0
+    assert "request failed: empty" in (tmp_path / "out" / "report.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_hostile_server_ends_a_run_with_1_and_a_sound_one_finishes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every attempt is in the journal, and neither files nor output hold the key or a control character."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    names = [name for name, behaviour in BEHAVIOURS.items() if behaviour.outcome != "timeout"]
+    rows = [{"content": f"behaviour = {number}\n"} for number in range(len(names))]
+    source = write_rows(tmp_path / "source.jsonl", rows)
+    sound = False
+
+    def behaviour(body: Body) -> Behaviour:
+        (number,) = re.findall(r"behaviour = (\d+)\n", body["messages"][1]["content"])
+        answer = f"[Problem Description]\nReturn {number}.\n[Solution]\nprint({number} + 0)"
+        return Behaviour("ok", sends(response(chat(answer)))) if sound else BEHAVIOURS[names[int(number)]]
+
+    with HostileServer(behaviour).running() as server:
+        words = ["data", "oss-instruct", f"python={source}", "--quota", "python=999", "--model", "tiny"]
+        words += ["--out", str(tmp_path / "out"), "--endpoint", server.url, "--attempts", "1", "--retry-pause", "0"]
+        codes = [cli.main(words)]
+        # A run ends early when many in a row fail; the same command goes on with those that are left.
+        codes += [cli.main(words) for _ in range(4)]
+        sound = True
+        codes.append(cli.main(words))
+    shown = capsys.readouterr()
+    assert set(codes[:-1]) <= {1, 2}
+    assert codes[-1] == 0
+    attempts = read_rows(tmp_path / "out" / "attempts.jsonl")
+    assert len(attempts) == len(server.requests)
+    assert len({attempt["outcome"] for attempt in attempts}) >= 5
+    assert all(attempt["usage"]["completion_tokens"] >= 0 for attempt in attempts)
+    texts = [shown.out, shown.err, *(path.read_text() for path in (tmp_path / "out").iterdir())]
+    assert not [text for text in texts if KEY in text or KEY.replace('"', '\\"') in text]
+    assert all(char.isprintable() or char == "\n" for char in shown.out + shown.err)
+    assert "Traceback" not in shown.err

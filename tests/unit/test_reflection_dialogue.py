@@ -86,6 +86,7 @@ def test_problems_come_from_any_training_file(tmp_path: Path) -> None:
         {"instruction": "say <|code|>"},
         {"instruction": " "},
         {"text": "x"},
+        {"instruction": "half \ud800"},
     ]
     file = tmp_path / "problems.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records) + "{\n")
@@ -99,6 +100,7 @@ def test_problems_come_from_any_training_file(tmp_path: Path) -> None:
         "tag in content",
         "no problem",
         "no problem",
+        "not Unicode",
         "bad JSON",
     ]
     [named] = [p for p in read_problems([DataFile(path=str(file))], "text") if isinstance(p, Problem)]

@@ -27,7 +27,56 @@ ANSWER = "def half(x):\n    return x // 2"
 )
 def test_fates(program: str, fate: str) -> None:
     run = sandbox_runner("bubblewrap", Limits(wall_seconds=1.0 if "while" in program else 60.0, cpu_seconds=60))
-    assert run(program) == fate
+    assert run(program, "") == fate
+    assert run("", program) == fate
+
+
+# Each ends before the tests could fail, and looks for what would pass for their end.
+FORGERIES = {
+    "reads its source": "import os, sys\nsys.stderr.write(open('trial.py').read() + str(os.listdir()))\nos._exit(0)",
+    "writes all it can find": """
+import gc, os, sys
+for fd in range(3, 16):
+    for text in [object for object in gc.get_objects() if isinstance(object, str)][:99] + ["passed"]:
+        try:
+            os.write(fd, (repr(text) + "\\n").replace("'", '"').encode())
+        except OSError:
+            pass
+os._exit(0)
+""",
+    "says that it passed": """
+import os
+for fd in range(3, 16):
+    try:
+        os.write(fd, b'"passed"\\n"passed"\\n"passed"\\n"passed"\\n')
+    except OSError:
+        pass
+os._exit(0)
+""",
+    "exits in the function": "import sys\ndef half(x):\n    sys.exit(0)",
+    "exits at once in the function": "import os\ndef half(x):\n    os._exit(0)",
+    "exits from a hook": "import os, sys\nsys.excepthook = lambda *args: os._exit(0)\ndef half(x): return 0",
+    "runs without assertions": "import os, sys\nif __debug__: os.execv(sys.executable, ['-', '-O', 'trial.py'])",
+    "nonsense": "import os\nfor fd in (3, 4, 5):\n    try: os.write(fd, b'[' * 60000 + b'\\n')\n    except OSError: 0",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_what_ends_early_does_not_pass(name: str) -> None:
+    run = sandbox_runner("bubblewrap", Limits(wall_seconds=60, cpu_seconds=60))
+    assert run(FORGERIES[name], "assert half(5) == 2") != "passed"
+
+
+def test_tests_are_not_there_before_the_code_has_run() -> None:
+    code = """
+import gc, os
+word = "marked" + "_word"
+found = [object for object in gc.get_objects() if isinstance(object, (str, bytes)) and word in str(object)]
+files = [name for name in os.listdir() if word in open(name, errors="replace").read()]
+seen = len(found) + len(files)
+"""
+    run = sandbox_runner("bubblewrap", Limits(wall_seconds=60, cpu_seconds=60))
+    assert run(code, "marked_word = seen\nassert not marked_word") == "passed"
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ GOOD = LINES[:24]
 DATA = DataConfig(max_length=448, workers=1)
 PRELUDE = f"""
 import os, resource, signal
+from dataclasses import replace
 from pathlib import Path
 from reflectron.engine.config import DataConfig, DataFile
 from reflectron.engine.data import store
@@ -96,9 +99,9 @@ def test_store_holds_what_tokenising_gives(tmp_path: Path, tokenizer: Tokenizer)
     assert_holds(opened, files, tokenizer)
     assert opened.fingerprint == built.fingerprint
     assert [str(summary) for summary in built.summaries] == [
-        f"{golden.path}: 24 samples, 1 rejected (too long 1)",
+        f"{golden.path}: 24 samples, 1 too long (4.0%)",
         f"{other.path}: 1 samples",
-        f"{golden.path}: 24 samples, 1 rejected (too long 1)",
+        f"{golden.path}: 24 samples, 1 too long (4.0%)",
     ]
     assert [row["index"] for row in rejects(tmp_path / "store")] == [24]
 
@@ -166,14 +169,47 @@ def test_rejects_are_named_by_file_line_and_reason(tmp_path: Path, tokenizer: To
     starts = ["bad JSON: Expecting property name", "not an object: found list", "not UTF-8: byte 7 of the line is 0xff"]
     starts += ["bad JSON: ", "bad JSON: Exceeds the limit", "too long: 1910 tokens"]
     assert all(row["reason"].startswith(start) for row, start in zip(found, starts, strict=True))
-    assert built.summaries[0].rejected == {"bad JSON": 3, "not an object": 1, "not UTF-8": 1, "too long": 1}
+    assert built.summaries[0].rejected == {"bad JSON": 3, "not an object": 1, "not UTF-8": 1}
+    assert (built.summaries[0].too_long, built.summaries[0].samples) == (1, 2)
     with pytest.raises(ValueError, match=r"data\.max_reject_share") as caught:
         build_store(DATA, [file], tokenizer, folder)
     assert str(caught.value) == (
-        f"data file {path}: 6 of 8 records are rejected, most for 'bad JSON' (3); all reasons are in "
+        f"data file {path}: 5 of 8 records are rejected, most for 'bad JSON' (3); all reasons are in "
         f"{folder / 'rejects.jsonl'}; repair the file or raise data.max_reject_share (0.05)"
     )
     assert rejects(folder) == found
+
+
+def test_samples_that_are_too_long_are_counted_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The papers' data have them: they are no rejects, but a run without any other sample is none."""
+    file = write_lines(tmp_path / "a.jsonl", [GOOD[0], *[LINES[24]] * 9])
+    data = DataConfig(max_length=448, workers=1, max_reject_share=0.0)
+    built = build_store(data, [file], tokenizer, tmp_path / "store")
+    assert str(built.summaries[0]) == f"{file.path}: 1 samples, 9 too long (90.0%)"
+    assert len(rejects(tmp_path / "store")) == 9
+    alone = write_lines(tmp_path / "b.jsonl", [LINES[24]] * 3)
+    with pytest.raises(
+        ValueError, match=r"data\.max_length is 448, expected more: no sample is left of .*, 3 are longer"
+    ):
+        build_store(data, [alone], tokenizer, tmp_path / "store")
+    assert len(build_store(data, [alone, file], tokenizer, tmp_path / "store")) == 1
+
+
+def test_special_tokens_in_contents_are_counted_and_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"instruction": "x", "output": text} for text in ("<s>a</s>", "b", "c </s> </s>")]
+    file, folder = write_lines(tmp_path / "a.jsonl", [json.dumps(row) for row in rows]), tmp_path / "store"
+    eos = {}
+    for choice in ("spell_out", "keep"):
+        data = DataConfig(max_length=448, workers=1, special_tokens_in_content=choice)
+        built = build_store(data, [file], tokenizer, folder)
+        (summary,) = built.summaries
+        assert str(summary).endswith("3 samples, 2 with special tokens in their contents (</s> 2, <s> 1)")
+        named = [json.loads(line) for line in (folder / "special_tokens.jsonl").read_text().splitlines()]
+        assert [(row["line"], row["index"]) for row in named] == [(1, 0), (3, 2)]
+        assert [row["special_tokens"] for row in named] == [["<s>", "</s>"], ["</s>"]]
+        eos[choice] = [int((built[i].input_ids == tokenizer.eos_id).sum()) for i in range(3)]
+        assert built[0].special_tokens == ("<s>", "</s>")
+    assert eos == {"spell_out": [1, 1, 1], "keep": [2, 1, 3]}
 
 
 def test_parquet_gives_the_same_samples(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -194,16 +230,21 @@ def test_hub_data_set_gives_the_same_samples(
     local = datasets.load_dataset("json", data_files=str(golden), split="train", cache_dir=str(tmp_path / "cache"))
     asked = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
-        return local
+    def load_dataset(name: str, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, split, revision))
+        # The rows of a part lie in the files of the whole.
+        return local.select(range(10)) if split == "part[:10]" else local
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     sources._hub_dataset.cache_clear()
     file = DataFile(path="someone/golden", split="part")
     built = build_store(DATA, [file], tokenizer, tmp_path / "store")
     assert_holds(built, [DataFile(path=str(golden))], tokenizer)
-    assert asked == [("someone/golden", "part")]
+    assert asked == [("someone/golden", "part", None)]
+    part = build_store(DATA, [replace(file, split="part[:10]", revision="v2")], tokenizer, tmp_path / "store")
+    assert asked[1:] == [("someone/golden", "part[:10]", "v2")]
+    assert len(part) == 10
+    assert part.fingerprint != built.fingerprint
     sources._hub_dataset.cache_clear()
 
 
@@ -242,8 +283,9 @@ shard._checksum = kill_later
 build({file.path!r}, {str(folder)!r}, {workers})
 """
     assert run(code).returncode == -signal.SIGKILL
-    (left,) = folder.iterdir()
-    assert left.name.endswith(".arrow.tmp")
+    # The lock of the killed one is there, too.
+    (left,) = (path for path in folder.iterdir() if path.name != "job.lock")
+    assert re.fullmatch(r"a-[0-9a-f]{16}\.arrow\..+\.tmp", left.name)
     assert left.stat().st_size > 0
     with pytest.raises(ValueError, match="does not exist, expected it to be built before"):
         open_store(DATA, [file], tokenizer, folder)
@@ -278,7 +320,7 @@ def test_unreadable_files_are_one_line(tmp_path: Path, tokenizer: Tokenizer) -> 
         "missing.jsonl": "data file .*missing.jsonl does not exist",
         "missing.parquet": "data file .*missing.parquet does not exist",
         "folder.jsonl": "data file .* is a folder, expected a file or the id of a hub data set",
-        "a.txt": "data file .*a.txt ends in '.txt', expected one of .jsonl, .json, .parquet",
+        "a.txt": "data file .*a.txt ends in '.txt', expected one of .jsonl, .json, .ndjson, .parquet",
         "broken.parquet": "data file .*broken.parquet cannot be read: ",
         "empty.jsonl": "data file .*empty.jsonl holds no record",
     }.items():

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reflectron.engine.data.conversation import BadRecord, Conversation, parse_record
+from reflectron.engine.data.conversation import BadRecord, Conversation
+from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.data.tokenization import TokenizedSample, render, tokenize
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Tokenizer, load_tokenizer
 
@@ -82,6 +83,62 @@ def test_execution_blocks_and_user_turns_are_no_targets_anywhere(tokenizer: Toke
     message_end = "<|endofmessage|>"
     code = "<|code|>d<|endofblock|>"
     assert targets == f"<|assistant|><|text|>a<|endofblock|>{message_end}<|assistant|>{code}{message_end}</s>"
+
+
+def test_messages_of_weight_zero_are_no_targets(tokenizer: Tokenizer) -> None:
+    """Nor is the EOS behind one that comes last."""
+
+    def targets(*weights: int) -> str:
+        answers = [{"role": "assistant", "content": f"a{i}", "weight": weight} for i, weight in enumerate(weights)]
+        messages = [message for answer in answers for message in ({"role": "user", "content": "u"}, answer)]
+        sample = tokenize(parse_record({"messages": messages}), tokenizer, "reflection", 256)
+        return tokenizer.decode(sample.input_ids[sample.supervised]).replace(" ", "")
+
+    turns = [f"<|assistant|><|text|>a{i}<|endofblock|><|endofmessage|>" for i in range(3)]
+    assert targets(1, 1, 1) == "".join(turns) + "</s>"
+    assert targets(0, 1, 0) == turns[1]
+    assert targets(1, 0, 1) == turns[0] + turns[2] + "</s>"
+
+
+def test_a_reflection_sequence_of_weight_zero_changes_the_teachers_targets_alone(tokenizer: Tokenizer) -> None:
+    records = map(json.loads, (GOLDEN / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+    record = next(record for record in records if record["type"] == "reflection")
+    full = tokenize(parse_record(record), tokenizer, "reflection", MAX_LENGTH)
+    record["messages"][1]["weight"] = 0
+    part = tokenize(parse_record(record), tokenizer, "reflection", MAX_LENGTH)
+    assert full.kind == "reflection"
+    assert not part.supervised[: part.prefix_end].any()
+    np.testing.assert_array_equal(part.supervised[part.prefix_end :], full.supervised[full.prefix_end :])
+    for name in ("input_ids", "blocks", "prefix_end", "final_start"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(full, name))
+
+
+@pytest.mark.parametrize("template", ["reflection", "magicoder"])
+@pytest.mark.parametrize(
+    ("ask", "answer", "spelt"),
+    [
+        ("Strike the old price in HTML.", "<p><s>20</s> 15</p>", ("<s>", "</s>")),
+        ("Which token ends a Llama text?", "It is `</s>`, id 2.", ("</s>",)),
+        ("And <unk>?", "</s>", ("<unk>", "</s>")),
+        ("What is 1 + 1?", "2", ()),
+    ],
+)
+def test_special_tokens_that_contents_spell(ask: str, answer: str, spelt: tuple[str, ...], template: Any) -> None:
+    """Spelt out there is one BOS and one EOS; kept, every one counts, as in the reference."""
+    tokenizer = load_tokenizer(str(GOLDEN / "tokenizer_before"), template)
+    conversation = parse_record({"instruction": ask, "output": answer})
+    out = tokenize(conversation, tokenizer, template, 448)
+    kept = tokenize(conversation, tokenizer, template, 448, "keep")
+    assert out.special_tokens == kept.special_tokens == spelt
+    for name, i in (("<s>", tokenizer.bos_id), ("</s>", tokenizer.eos_id)):
+        assert (out.input_ids == i).sum() == 1
+        assert (kept.input_ids == i).sum() == 1 + (ask + answer).count(name)
+    assert out.input_ids[0] == tokenizer.bos_id
+    assert out.input_ids[-1] == tokenizer.eos_id
+    assert out.supervised[-1]
+    assert tokenizer.decode(out.input_ids[1:-1]).replace(" ", "").count(answer.replace(" ", "")) == 1
+    if not spelt:
+        np.testing.assert_array_equal(out.input_ids, kept.input_ids)
 
 
 def test_privileged_conversation(tokenizer: Tokenizer) -> None:

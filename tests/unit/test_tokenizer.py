@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import json
 import pickle
 import random
+import shutil
+import sysconfig
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from reflectron.engine.data.conversation import parse_record
+from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.data.tokenization import render
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, load_tokenizer
 
@@ -62,8 +68,10 @@ def hard_texts() -> list[str]:
     return ["", " ", "  ", "\n", "\t\tx", " a", "a ", "   a   b    ", *spaces, *drawn, *CORPUS, "\n".join(CORPUS)]
 
 
-def sentencepiece_model(path: Path, **settings: Any) -> sentencepiece.SentencePieceProcessor:
-    """Train a tiny model on the golden texts, fit for code unless ``settings`` say otherwise."""
+def sentencepiece_model(
+    path: Path, corpus: Sequence[str] = CORPUS, **settings: Any
+) -> sentencepiece.SentencePieceProcessor:
+    """Train a tiny model, fit for code unless ``settings`` say otherwise."""
     fit_for_code = {
         "vocab_size": 620,
         "normalization_rule_name": "identity",
@@ -77,7 +85,7 @@ def sentencepiece_model(path: Path, **settings: Any) -> sentencepiece.SentencePi
     }
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=out, **(fit_for_code | settings)
+        sentence_iterator=iter(corpus), model_writer=out, **(fit_for_code | settings)
     )
     path.write_bytes(out.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
@@ -116,12 +124,10 @@ def sources(folder: Path) -> dict[str, Path]:
     """One source of each kind."""
     (folder / "bpe").mkdir()
     sentencepiece_model(folder / "bpe" / "tokenizer.model", model_type="bpe")
-    sentencepiece_model(folder / "unigram.model", model_type="unigram")
     return {
         "golden": GOLDEN / "llama_before",
         "qwen": qwen_like(folder / "qwen"),
         "bpe": folder / "bpe",
-        "unigram": folder / "unigram.model",
     }
 
 
@@ -157,18 +163,148 @@ def test_decoding_gives_the_text_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("add_dummy_prefix", [True, False])
 @pytest.mark.parametrize("byte_fallback", [True, False])
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_ids_equal_sentencepiece(tmp_path: Path, model_type: str, byte_fallback: bool, add_dummy_prefix: bool) -> None:
+def test_ids_equal_sentencepiece(tmp_path: Path, byte_fallback: bool, add_dummy_prefix: bool) -> None:
     path = tmp_path / "tokenizer.model"
-    settings = {"model_type": model_type, "byte_fallback": byte_fallback, "add_dummy_prefix": add_dummy_prefix}
+    settings = {"model_type": "bpe", "byte_fallback": byte_fallback, "add_dummy_prefix": add_dummy_prefix}
     reference = sentencepiece_model(path, **settings, vocab_size=620 if byte_fallback else 360)
     tokenizer = load_tokenizer(str(path), "reflection")
     for text in hard_texts():
         expected, found = reference.encode(text), tokenizer.encode(text)
-        # Equally likely orders of the same pieces are the documented exception of unigram models.
-        assert found == expected or (model_type == "unigram" and sorted(found) == sorted(expected)), text
+        assert found == expected, text
         if byte_fallback:
             assert tokenizer.decode(found) == reference.decode(expected)
+
+
+def runs(rng: random.Random, alphabet: str) -> str:
+    return "".join(rng.choice(alphabet) * rng.choice([1, 1, 2, 3, 4, 8, 12]) for _ in range(rng.randint(1, 12)))
+
+
+@pytest.mark.parametrize("alphabet", [" a", "ab", "= "])
+@pytest.mark.parametrize("seed", range(2))
+def test_runs_of_a_character_are_cut_as_sentencepiece_cuts_them(tmp_path: Path, seed: int, alphabet: str) -> None:
+    """As in deep indentation, where several merges give the same piece."""
+    rng, path = random.Random(seed), tmp_path / "tokenizer.model"
+    corpus = [runs(rng, alphabet) for _ in range(200)]
+    reference = sentencepiece_model(path, corpus, model_type="bpe", vocab_size=330, split_by_whitespace=seed % 2 == 0)
+    tokenizer = load_tokenizer(str(path), "reflection")
+    for text in [*(runs(rng, alphabet) for _ in range(500)), *(c * n for c in alphabet for n in range(100))]:
+        assert tokenizer.encode(text) == reference.encode(text), text
+
+
+def model_of_pieces(path: Path, pieces: Sequence[str], score: float) -> None:
+    """A model whose normal pieces are these, all with one score."""
+    sentencepiece_model(path, model_type="bpe")
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    fixed = [piece for piece in proto.pieces if piece.type != piece.NORMAL]
+    del proto.pieces[:]
+    proto.pieces.extend(fixed)
+    for piece in pieces:
+        proto.pieces.add(piece=piece, score=score)
+    path.write_bytes(proto.SerializeToString())
+
+
+def test_indentation_is_cut_as_sentencepiece_cuts_it(tmp_path: Path) -> None:
+    """The runs of spaces that Mistral's model holds, in its order: 17 spaces are 16 and 1, not 14 and 3."""
+    lengths = (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 1)
+    model_of_pieces(tmp_path / "tokenizer.model", [*("▁" * length for length in lengths), "a", "x"], -1e9)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer(str(tmp_path), "reflection")
+    assert reference.encode_as_pieces(" " * 16) == ["▁" * 16, "▁"]
+    for text in (f"{before}{' ' * n}{after}" for before in ("", "a", "\n") for after in ("", "x") for n in range(400)):
+        assert tokenizer.encode(text) == reference.encode(text), text
+
+
+def test_pieces_that_score_alike_are_refused(tmp_path: Path) -> None:
+    """As those that were added to a vocabulary with score 0: sentencepiece takes the leftmost, merges have ranks."""
+    model_of_pieces(tmp_path / "tokenizer.model", ["bc", "ab", "a", "b", "c", "▁"], 0.0)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert reference.encode_as_pieces("abc") == ["▁", "ab", "c"]
+    with pytest.raises(ValueError, match=r"its pieces 'ab' and 'bc' have the same score 0; give"):
+        load_tokenizer(str(tmp_path), "reflection")
+
+
+def standard_library(megabytes: float) -> list[str]:
+    """Python's own sources in four layouts: as they are, CRLF, tabs, deep indentation."""
+    texts, size = list[str](), 0.0
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        texts += [text, text.replace("\n", "\r\n"), text.replace("    ", "\t"), text.replace("    ", " " * 11)]
+        size += len(text) / 1e6
+        if size > megabytes:
+            break
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("source", "megabytes"), [("golden", 0.05), pytest.param("mistral", 1.0, marks=pytest.mark.slow)]
+)
+def test_ids_of_code_equal_sentencepiece(tmp_path: Path, source: str, megabytes: float) -> None:
+    path = GOLDEN / "tokenizer_before" / "tokenizer.model"
+    if source == "mistral":
+        # A real model of 32000 pieces: pip install --no-deps mistral-common.
+        package = importlib.util.find_spec("mistral_common")
+        if package is None or not package.submodule_search_locations:
+            pytest.skip("the package mistral-common is not installed")
+        path = Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+    shutil.copyfile(path, tmp_path / "tokenizer.model")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer = load_tokenizer(str(tmp_path), "magicoder")
+    indented = [f"{before}{c * n}x" for before in ("", "a", "\n") for c in " \t=#" for n in (*range(70), 128, 300)]
+    for text in [*hard_texts(), *indented, *standard_library(megabytes)]:
+        # What spells <s> is no special token to sentencepiece.
+        assert tokenizer.encode_spelt_out(text) == reference.encode(text), text[:80]
+
+
+@pytest.mark.parametrize(("name", "value"), [("legacy", False), ("add_prefix_space", False)])
+def test_settings_that_change_the_ids_of_a_plain_model_are_refused(tmp_path: Path, name: str, value: bool) -> None:
+    sentencepiece_model(tmp_path / "tokenizer.model", model_type="bpe")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=f"^{name} in .*tokenizer_config.json is False, expected true or none beside"):
+        load_tokenizer(str(tmp_path), "reflection")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: not value}))
+    load_tokenizer(str(tmp_path), "reflection")
+
+
+SPELT = {
+    "golden": ["<s>", "</s>", "<unk>"],
+    "bpe": ["<s>", "</s>", "<unk>"],
+    "qwen": ["<|endoftext|>", "<|im_end|>", "<|fim_prefix|>"],
+}
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_special_tokens_are_spelt_out_as_ordinary_text(tmp_path: Path, name: str) -> None:
+    source = sources(tmp_path)[name]
+    if name == "qwen":
+        # As Qwen2.5's: an added token that is not special.
+        state = json.loads((source / "tokenizer.json").read_text())
+        last = max(token["id"] for token in state["added_tokens"])
+        fim = {"id": last + 1, "content": "<|fim_prefix|>", "special": False, "normalized": False}
+        think = fim | {"id": last + 2, "content": "<think>"}
+        state["added_tokens"] += [
+            token | {"single_word": False, "lstrip": False, "rstrip": False} for token in (fim, think)
+        ]
+        (source / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = load_tokenizer(str(source), "reflection")
+    assert set(tokenizer.special_tokens.values()) == set(SPELT[name])
+    model = None if name == "qwen" else sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    rng = random.Random(1)
+    for _ in range(200):
+        content = "".join(rng.choices([*PIECES, *SPELT[name]], k=rng.randint(1, 12)))
+        ids = tokenizer.encode_spelt_out(f"<|code|>{content}<|endofblock|>")
+        assert ids[0] == tokenizer.tag_ids["<|code|>"]
+        assert ids[-1] == tokenizer.tag_ids["<|endofblock|>"]
+        if model is None:
+            assert not set(ids) & set(tokenizer.special_tokens)
+            assert tokenizer.decode(ids[1:-1]) == unicodedata.normalize("NFC", content)
+        else:
+            assert ids[1:-1] == model.encode(content)
+        if not any(token in content for token in SPELT[name]):
+            assert ids == tokenizer.encode(f"<|code|>{content}<|endofblock|>")
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode_spelt_out(content) == tokenizer.encode_spelt_out(content)
+    if name == "qwen":
+        assert len(tokenizer.encode_spelt_out("<think>")) == 1
 
 
 def test_every_piece_between_tags_is_encoded_on_its_own(tmp_path: Path) -> None:
@@ -197,7 +333,7 @@ def test_user_defined_pieces_are_found_where_sentencepiece_finds_them(tmp_path: 
         ({"treat_whitespace_as_suffix": True}, "trainer_spec.treat_whitespace_as_suffix"),
         ({"user_defined_symbols": ["<sym>"]}, "normalizer_spec.add_dummy_prefix"),
         ({"model_type": "char"}, "trainer_spec.model_type"),
-        ({"model_type": "unigram", "user_defined_symbols": ["<sym>"], "add_dummy_prefix": False}, "pieces.type"),
+        ({"model_type": "unigram"}, "trainer_spec.model_type"),
     ],
 )
 def test_what_cannot_be_represented_is_named(tmp_path: Path, settings: dict[str, Any], field: str) -> None:

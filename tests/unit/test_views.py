@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from reflectron.engine.config import DataFile, LossConfig, MaskConfig
+from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.sources import read_records
 from reflectron.engine.data.tokenization import TokenizedSample, tokenize
@@ -43,7 +44,7 @@ def privileged(tmp_path_factory: pytest.TempPathFactory) -> TokenizedSample:
 
 def views_of(sample: TokenizedSample, rate: float = 0.33, strategy: str = "block") -> SampleViews:
     mask = MaskConfig(strategy=strategy)  # type: ignore[arg-type]
-    return make_views(sample, visible_tokens(sample, mask, rate, np.random.default_rng(0)))
+    return make_views(sample, visible_tokens(sample, mask, rate, Draws(0)))
 
 
 def teacher_labels(views: SampleViews) -> np.ndarray:

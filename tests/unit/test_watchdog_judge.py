@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from reflectron.engine.parallel.watchdog import Judge, Note, Progress, WatchdogLimits
+from reflectron.engine.parallel.judge import Judge, WatchdogLimits
+from reflectron.engine.parallel.notes import Note, Progress
 
 HANG, SILENCE = 60.0, 10.0
 
@@ -108,3 +109,23 @@ def test_a_reader_that_was_stopped_itself_blames_nobody(job: Job) -> None:
 def test_no_time_limit(job: Job) -> None:
     job.judge = Judge(WatchdogLimits(hang_s=0, silence_s=SILENCE), 0.0)
     assert job.after(20 * HANG) == ""
+
+
+def test_a_rank_that_never_joins_is_named() -> None:
+    judge = Judge(WatchdogLimits(hang_s=HANG, silence_s=SILENCE), 0.0, range(4))
+    notes = {0: Progress(Note(host="node0")), 2: Progress(Note(host="node1"))}
+    verdict, now = "", 0.0
+    while not verdict and now < 10 * HANG:
+        now += 1
+        for progress in notes.values():
+            progress.tick()
+        verdict = judge.judge({rank: progress.note for rank, progress in notes.items()}, now)
+    assert verdict == "ranks 1, 3 did not join the job in 361 s"
+
+
+def test_ranks_that_come_late_are_waited_for() -> None:
+    judge = Judge(WatchdogLimits(hang_s=HANG, silence_s=2 * HANG), 0.0, range(2))
+    first = Note(host="node0")
+    assert judge.judge({0: first}, HANG) == ""
+    assert judge.judge({0: replace(first, beats=1), 1: Note()}, 2 * HANG) == ""
+    assert judge.judge({0: replace(first, beats=2), 1: Note(beats=1)}, 3 * HANG) == ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,32 @@ _GRACE_S = 5.0
 _OF_THE_MACHINE = ("step_time_ms", "data_wait_ms", "tokens_per_second", "peak_memory_gib")
 
 
+@dataclass(frozen=True)
+class Trap:
+    """Kills the process that sets it at an operation on a file, before it is done."""
+
+    name: str
+    """The moment, for a user."""
+    event: str
+    """Python's audit event: ``open``, ``os.rename``, ``os.remove``, ``os.rmdir`` or ``os.mkdir``."""
+    path: str
+    """What the first path of the event matches somewhere."""
+    count: int = 1
+    """Which occurrence."""
+
+    def set(self) -> None:
+        """From now on."""
+        pattern, seen = re.compile(self.path), [0]
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            if event == self.event and isinstance(args[0], (str, os.PathLike)) and pattern.search(os.fspath(args[0])):
+                seen[0] += 1
+                if seen[0] == self.count:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+
 class DrilledRun:
     """A run in ``folder``.
 
@@ -48,11 +75,11 @@ class DrilledRun:
         self.words = ["train", config, *overrides, f"output_dir={folder / 'out'}"]
         self.starts = 0
 
-    def start(self, *, cold: bool) -> Life:
-        """Its ranks, running; ``cold`` by the command."""
+    def start(self, *, cold: bool = False, trap: Trap | None = None) -> Life:
+        """Its ranks, running; ``cold`` by the command, else the main rank with ``trap``."""
         self.starts += 1
         output = self.folder / f"start_{self.starts}.log"
-        return self._start_command(output) if cold else self._fork_ranks(output)
+        return self._start_command(output) if cold else self._fork_ranks(output, trap)
 
     def _start_command(self, output: Path) -> Life:
         parent, words = os.getpid(), [sys.executable, "-m", "reflectron.tools.cli", *self.words]
@@ -66,7 +93,7 @@ class DrilledRun:
             )
         return Life(self, output, command, [])
 
-    def _fork_ranks(self, output: Path) -> Life:
+    def _fork_ranks(self, output: Path, trap: Trap | None) -> Life:
         port, parent = free_port(), os.getpid()
         ranks = []
         for rank in range(self.world_size):
@@ -76,9 +103,11 @@ class DrilledRun:
             pid = os.fork()
             if pid == 0:
                 die_with(parent)
+                if trap is not None and rank == 0:
+                    trap.set()
                 self._be_rank(place, output)
             ranks.append(psutil.Process(pid))
-        return Life(self, output, None, ranks)
+        return Life(self, output, None, ranks, trapped=trap is not None)
 
     def _be_rank(self, place: ProcessPlace, output: Path) -> None:
         """In a new process: run as this rank to its end."""
@@ -136,6 +165,8 @@ class Life:
     command: psutil.Process | None
     """None for forked ranks."""
     ranks: list[psutil.Process]
+    trapped: bool = False
+    """The main rank has set a trap for itself."""
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -186,24 +217,33 @@ class Life:
         """Wait for all; the exit code of the command, or of the first forked rank that has one other than 0."""
         while any(map(_alive, self.processes)):
             self.running()
+            if self.command is None and any(rank.wait() for rank in self.ranks if not _alive(rank)):
+                self._end_survivors()
             time.sleep(_POLL_S)
         own = [self.command] if self.command is not None else self.ranks
         codes = [process.wait() or 0 for process in own]
         return next((code for code in codes if code), 0)
 
+    def killed_by_trap(self) -> bool:
+        """Whether the main rank was the first to go, by SIGKILL."""
+        return not _alive(self.ranks[0]) and self.ranks[0].wait() == -signal.SIGKILL
+
     def kill(self, victims: list[psutil.Process]) -> None:
         """SIGKILL, then what a launcher does with the ranks that are left; returns when all are gone."""
-        for victim in victims:
+        for victim in filter(_alive, victims):
             victim.send_signal(signal.SIGKILL)
         if self.command is None:
-            for survivor in filter(_alive, self.ranks):
-                survivor.terminate()
-            end = time.monotonic() + _GRACE_S
-            while any(map(_alive, self.ranks)) and time.monotonic() < end:
-                time.sleep(_POLL_S)
-            for survivor in filter(_alive, self.ranks):
-                survivor.kill()
+            self._end_survivors()
         self.wait()
+
+    def _end_survivors(self) -> None:
+        for survivor in filter(_alive, self.ranks):
+            survivor.terminate()
+        end = time.monotonic() + _GRACE_S
+        while any(map(_alive, self.ranks)) and time.monotonic() < end:
+            time.sleep(_POLL_S)
+        for survivor in filter(_alive, self.ranks):
+            survivor.kill()
 
     def pick(self, generator: random.Random) -> tuple[str, list[psutil.Process]]:
         """Some of the processes, in words too."""

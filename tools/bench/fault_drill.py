@@ -1,8 +1,9 @@
-"""Kills at random moments and damages at random places; out comes a count of faults and of what they cost.
+"""Kills at random and at chosen moments, damage to every kind of file; out comes a count of faults and what they cost.
 
 A run is killed and started again until it ends, then compared with one that was never stopped: every row of its metrics
-and every byte of its weights must be equal. The next run begins until all kills are done. Between two starts the newest
-checkpoint is damaged now and then: the next start must name the file and go on from the one before.
+and every byte of its weights must be equal. The next run begins until all kills are done. Before a start, files of the
+run are damaged: it must name a damaged checkpoint and use the one before, mend or ignore the rest, or refuse in one
+line; then the file is put back.
 """
 
 from __future__ import annotations
@@ -15,18 +16,35 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reflectron.engine.checkpoint.manifest import DamagedCheckpoint, check_file, read_manifest
-from reflectron.engine.checkpoint.retention import step_folder, steps_to_try
-from reflectron.tools.bench.drilled_run import DrilledRun, Life
+from reflectron.tools.bench.drilled_run import DrilledRun, Life, Trap
+from reflectron.tools.bench.injuries import Injury, injure_beside, injure_checkpoint, scatter_leftovers
 from reflectron.tools.bench.tiny_run import write_tiny_run
 from reflectron.tools.load_config import load_config
 from reflectron.tools.ranks import local_processes
 
 # One start in so many is the whole command with its imports; then it may be the victim, too.
 _COLD_EVERY = 6
-_DAMAGE_EVERY = 4
+# The others are kills at a random moment.
+_TRAP_EVERY = 2
 _POLL_S = 0.001
-_DAMAGES = ("flipped bit", "cut end", "missing file")
+_PARTIAL = r"step_\d+\.[^/]+\.partial"
+TRAPS = (
+    Trap("while tokenising", "open", r"\.arrow\.[^/]+\.tmp$"),
+    Trap("before the first checkpoint", "os.mkdir", _PARTIAL + "$"),
+    Trap("while writing tensors", "open", _PARTIAL + r"/__0_0\.distcp$", 2),
+    Trap("while writing the manifest", "open", r"manifest\.json\.[^/]+\.tmp$", 2),
+    Trap("before a checkpoint gets its name", "os.rename", _PARTIAL + "$", 2),
+    Trap("before latest moves", "os.rename", r"/latest\.[^/]+\.tmp$", 2),
+    Trap("before latest moves for the first time", "os.rename", r"/latest\.[^/]+\.tmp$"),
+    Trap("before an old checkpoint goes", "os.rename", r"/step_\d+$"),
+    Trap("while an old checkpoint goes", "os.rmdir", _PARTIAL + "$"),
+    Trap("before the export", "os.mkdir", r"/export\.[^/]+\.partial$"),
+    Trap("while exporting", "open", r"/export\.[^/]+\.partial/config\.json$"),
+    Trap("before the export gets its name", "os.rename", r"/export\.[^/]+\.partial$"),
+    Trap("before the run is noted as finished", "os.rename", r"/finished\.json\.[^/]+\.tmp$"),
+    Trap("while rows are cut", "os.rename", r"/metrics\.jsonl\.[^/]+\.tmp$"),
+    Trap("while a lock is taken", "os.link", r"/job\.lock\.[^/]+\.tmp$"),
+)
 
 
 @dataclass
@@ -35,7 +53,12 @@ class Tally:
 
     moments: Counter[str] = field(default_factory=Counter)
     victims: Counter[str] = field(default_factory=Counter)
+    injured: Counter[str] = field(default_factory=Counter)
+    """By kind of file."""
     damages: Counter[str] = field(default_factory=Counter)
+    """By kind of damage."""
+    refused: int = 0
+    """Starts that named the damage in one line and ended."""
     runs: int = 0
     """Compared with the one that was never stopped."""
     cold: int = 0
@@ -47,46 +70,64 @@ class Tally:
         """So far."""
         return self.moments.total()
 
+    @property
+    def injuries(self) -> int:
+        """So far."""
+        return self.damages.total()
+
     def lines(self) -> list[str]:
         """The result, for a user."""
         return [
             f"{self.kills} kills: {_counts(self.moments)}",
             f"victims: {_counts(self.victims)}; {self.cold} starts were the whole command, the others forked ranks",
-            f"{self.damages.total()} damaged checkpoints: {_counts(self.damages)}",
+            f"{self.injuries} injuries to {_counts(self.injured)}",
+            f"by {_counts(self.damages)}; {self.refused} starts refused with a line",
             f"{self.runs} killed runs compared with one that was never stopped",
             *(f"LOST: {loss}" for loss in self.losses),
-            f"faults {self.kills + self.damages.total()}, losses {len(self.losses)}",
+            f"faults {self.kills + self.injuries}, losses {len(self.losses)}",
         ]
 
 
-def drill(folder: Path, config: str | None, overrides: list[str], *, kills: int, seed: int) -> int:
+def drill(folder: Path, config: str | None, overrides: list[str], *, kills: int, injuries: int, seed: int) -> int:
     """Kill and damage; 0 when nothing was lost, else 1.
 
     Args:
         folder: of the runs; exists.
         config: YAML file of what is drilled; a tiny run of two ranks when None.
         overrides: of its settings.
-        kills: SIGKILLs in all.
+        kills: SIGKILLs in all, at least.
+        injuries: damaged files in all, at least.
         seed: of moments, victims and damages.
     """
     path = str(write_tiny_run(folder)) if config is None else config
     world_size = local_processes(load_config(path, overrides).parallel)
     # So that forked ranks have it already.
-    for name in ("tools.train", "tools.run_log", "engine.trainer", "engine.parallel.process_groups"):
+    for name in ("tools.train", "tools.run_log", "tools.plot_run", "engine.trainer", "engine.parallel.process_groups"):
         importlib.import_module(f"reflectron.{name}")
     began, generator, tally = time.monotonic(), random.Random(seed), Tally()
     reference = DrilledRun(folder / "reference", path, overrides, world_size)
     load_s = _run_reference(reference)
-    while tally.kills < kills and not tally.losses:
+    want = _Wanted(kills, injuries, load_s)
+    while (tally.kills < kills or tally.injuries < injuries) and not tally.losses:
         tally.runs += 1
         run = DrilledRun(folder / f"run_{tally.runs}", path, overrides, world_size)
-        _drill_run(run, generator, load_s, kills, tally)
+        _drill_run(run, generator, want, tally)
         if run.rows() != reference.rows():
             tally.losses.append(f"{run.folder}: metrics differ from {reference.folder}")
         if run.weights() != reference.weights():
             tally.losses.append(f"{run.folder}: weights differ from {reference.folder}")
     print(*tally.lines(), f"{time.monotonic() - began:.0f} s", sep="\n", flush=True)
     return 1 if tally.losses else 0
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be done in all."""
+
+    kills: int
+    injuries: int
+    load_s: float
+    """From a start to the first step."""
 
 
 def _run_reference(reference: DrilledRun) -> float:
@@ -100,23 +141,81 @@ def _run_reference(reference: DrilledRun) -> float:
     return seconds
 
 
-def _drill_run(run: DrilledRun, generator: random.Random, load_s: float, kills: int, tally: Tally) -> None:
-    """Start ``run`` until it ends, and strike as long as there are kills to do."""
-    damaged: Path | None = None
+def _drill_run(run: DrilledRun, generator: random.Random, want: _Wanted, tally: Tally) -> None:
+    """Start ``run`` until it ends, and strike as long as there is something to do."""
     while True:
-        if tally.damages.total() < tally.kills // _DAMAGE_EVERY and damaged is None:
-            damaged = _damage(run, generator, tally)
-        life = run.start(cold=tally.kills % _COLD_EVERY == _COLD_EVERY - 1)
-        struck = tally.kills < kills and _strike(life, generator, load_s, tally)
+        injuries = _injure(run, generator, want, tally)
+        cold = tally.kills % _COLD_EVERY == _COLD_EVERY - 1
+        trap = TRAPS[tally.kills // _TRAP_EVERY % len(TRAPS)] if not cold and tally.kills % _TRAP_EVERY == 0 else None
+        life = run.start(cold=cold, trap=trap if tally.kills < want.kills else None)
+        if tally.kills >= want.kills:
+            struck = False
+        elif life.trapped:
+            struck = _spring(life, trap, tally)
+        else:
+            struck = _strike(life, generator, want.load_s, tally)
         code = 0 if struck else life.wait()
-        if damaged is not None and "going on after step " in life.text():
-            if str(damaged) not in life.text():
-                tally.losses.append(f"{life.output} does not name {damaged}, which is damaged")
-            damaged = None
+        if code == 2 and injuries and _refused_by_line(life, injuries):
+            for injury in injuries:
+                injury.heal()
+            tally.refused += 1
+            continue
+        _look_at_names(life, injuries, tally)
         if code:
-            tally.losses.append(f"{life.output}: exit code {code}: {life.tail()}")
-        if not struck:
+            tally.losses.append(f"{life.output}: exit code {code}: {life.tail()}; {', '.join(map(str, injuries))}")
+        if not struck and (code or tally.kills >= want.kills or _is_finished(run)):
             return
+
+
+def _injure(run: DrilledRun, generator: random.Random, want: _Wanted, tally: Tally) -> list[Injury]:
+    """Damage a file of the newest checkpoint and one beside; leftovers of others lie around, too."""
+    out = run.folder / "out"
+    if tally.injuries >= want.injuries or not (out / "config.yaml").is_file():
+        return []
+    scatter_leftovers(out)
+    found = [injure_checkpoint(run.checkpoints, generator, tally.injuries)]
+    found.append(injure_beside(out, generator, tally.injuries))
+    injuries = [injury for injury in found if injury is not None]
+    for injury in injuries:
+        tally.injured[injury.kind] += 1
+        tally.damages[injury.damage] += 1
+    return injuries
+
+
+def _refused_by_line(life: Life, injuries: list[Injury]) -> bool:
+    """Whether it ended with one line that names what was damaged."""
+    errors = [line for line in life.text().splitlines() if line.startswith("reflectron train: error: ")]
+    return len(errors) == 1 and "Traceback" not in life.text() and any(str(i.path) in errors[0] for i in injuries)
+
+
+def _look_at_names(life: Life, injuries: list[Injury], tally: Tally) -> None:
+    """A start that came to its checkpoint has named the one that is damaged."""
+    text = life.text()
+    for injury in injuries:
+        of_checkpoint = injury.kind in ("checkpoint", "manifest")
+        if of_checkpoint and "going on after step " in text and str(injury.path) not in text:
+            tally.losses.append(f"{life.output} does not name {injury}")
+
+
+def _is_finished(run: DrilledRun) -> bool:
+    return (run.folder / "out" / "finished.json").is_file()
+
+
+def _spring(life: Life, trap: Trap | None, tally: Tally) -> bool:
+    """Wait until the trap has killed the main rank; False when the run came to its end before."""
+    assert trap is not None, "the life has been started with it"
+    while life.running():
+        time.sleep(_POLL_S)
+    if life.killed_by_trap():
+        life.kill([])
+        tally.moments[trap.name] += 1
+        tally.victims["rank 0"] += 1
+        print(
+            f"kill {tally.kills}: rank 0 {trap.name}, {time.monotonic() - life.started:.1f} s after its start",
+            flush=True,
+        )
+        return True
+    return False
 
 
 def _strike(life: Life, generator: random.Random, load_s: float, tally: Tally) -> bool:
@@ -158,34 +257,6 @@ def _wait(life: Life, condition: Callable[[], bool]) -> bool:
             return True
         time.sleep(_POLL_S)
     return False
-
-
-def _damage(run: DrilledRun, generator: random.Random, tally: Tally) -> Path | None:
-    """Damage a file of the newest checkpoint, if it is intact and not the only one; the file."""
-    steps = steps_to_try(run.checkpoints)
-    if len(steps) < 2 or not _intact(step_folder(run.checkpoints, steps[0])):
-        return None
-    path = generator.choice(sorted(step_folder(run.checkpoints, steps[0]).iterdir()))
-    content, kind = bytearray(path.read_bytes()), _DAMAGES[tally.damages.total() % len(_DAMAGES)]
-    place = generator.randrange(len(content))
-    if kind == "missing file":
-        path.unlink()
-    elif kind == "cut end":
-        path.write_bytes(content[:place])
-    else:
-        content[place] ^= 1 << generator.randrange(8)
-        path.write_bytes(content)
-    tally.damages[kind] += 1
-    return path
-
-
-def _intact(folder: Path) -> bool:
-    try:
-        for name, digest in read_manifest(folder).files.items():
-            check_file(folder / name, digest)
-    except DamagedCheckpoint:
-        return False
-    return True
 
 
 def _counts(counter: Counter[str]) -> str:

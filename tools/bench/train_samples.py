@@ -14,7 +14,7 @@ import numpy as np
 from reflectron.engine.config import Config, DataFile
 from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.masking import visible_tokens
-from reflectron.engine.data.sampler import SampleRef, mask_generator
+from reflectron.engine.data.sampler import SampleRef, mask_draws
 from reflectron.engine.data.sources import read_records
 from reflectron.engine.data.tokenization import TokenizedSample, tokenize
 from reflectron.engine.data.tokenizer import load_tokenizer
@@ -86,6 +86,6 @@ def samples_of_file(path: Path, tokenizer_path: str, count: int, config: Config)
 def views_at(samples: list[TokenizedSample], rate: float, config: Config) -> list[SampleViews]:
     """What teacher and student see of each sample at a mask rate."""
     return [
-        make_views(s, visible_tokens(s, config.mask, rate, mask_generator(config.seed, SampleRef(0, index, 0))))
+        make_views(s, visible_tokens(s, config.mask, rate, mask_draws(config.seed, SampleRef(0, index, 0))))
         for index, s in enumerate(samples)
     ]

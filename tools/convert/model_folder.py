@@ -19,6 +19,8 @@ from reflectron.engine.checkpoint.hf_table import EMBEDDING, HfPiece, checkpoint
 from reflectron.engine.checkpoint.manifest import MANIFEST, check_file, read_manifest
 from reflectron.engine.checkpoint.sources import SafetensorsSource
 from reflectron.engine.data.tokenizer import Tokenizer, load_tokenizer
+from reflectron.engine.files import free_bytes, gib, remove, remove_temporaries, temporary_name
+from reflectron.engine.job_lock import take_lock
 from reflectron.engine.model.families import Architecture, parse_architecture, read_hf_config
 from reflectron.engine.preparation import ModelInputs, read_model_inputs
 from reflectron.tools.load_config import config_from
@@ -104,18 +106,29 @@ def write_model_folder(model: ModelFolder, out: str, dtype: torch.dtype, write: 
         ValueError: when ``out`` is there or has no space.
     """
     target = Path(out)
-    if target.exists():
-        raise ValueError(f"{out} exists, expected the name of a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
+    with take_lock(target.with_name(f"{target.name}.lock"), f"folder {out}"):
+        if target.exists():
+            raise ValueError(f"{out} exists, expected the name of a new folder")
+        remove_temporaries(target)
+        partial = target.with_name(temporary_name(target.name, "partial"))
+        try:
+            _write_model_folder(model, target, partial, dtype, write)
+        except BaseException:
+            remove(partial)
+            raise
+
+
+def _write_model_folder(
+    model: ModelFolder, target: Path, partial: Path, dtype: torch.dtype, write: Callable[[Path], None]
+) -> None:
     needed = sum(torch.Size(piece.shape).numel() for piece in model.pieces) * dtype.itemsize
-    free = shutil.disk_usage(target.parent).free
+    free = free_bytes(target.parent)
     if needed > free:
         raise ValueError(
-            f"{out} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on its disk: "
-            "make room or choose a folder elsewhere"
+            f"{target} needs {gib(needed)}, and {gib(free)} are free on its disk: make room or choose a folder "
+            "elsewhere"
         )
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     model.describe(partial, dtype)
     write(partial)

@@ -76,8 +76,8 @@ def _read(args: argparse.Namespace) -> tuple[list[Document], Counter[str]]:
                 documents.append(read_document(record, path))
             except BadRecord as error:
                 unreadable[str(error).split(":")[0]] += 1
-    if not documents:
-        raise ValueError(f"{', '.join(args.data)}: no record with a text, expected at least one")
+        if not documents or documents[-1].file != path:
+            raise ValueError(f"{path}: no record with a text, expected at least one")
     return documents, unreadable
 
 

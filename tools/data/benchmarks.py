@@ -7,8 +7,6 @@ because the descriptions of some are very short.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reflectron.engine.config import DataFile
+from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.sources import read_records
+from reflectron.engine.text import printable
 
 Part = Literal["prompt", "description", "solution", "tests"]
 Row = dict[str, Any]
@@ -40,8 +40,8 @@ def load_benchmark(source: str) -> list[Fragment]:
     """The fragments of one benchmark.
 
     Args:
-        source: a ``.jsonl``, ``.json`` or ``.parquet`` file, the first two also with ``.gz``; or a data set of the hub
-            as ``name``, ``name:configuration`` and ``name:configuration@split`` (split ``test`` by default).
+        source: a file that training could read; or a data set of the hub as ``name``, ``name:configuration`` and
+            ``name:configuration@split`` (split ``test`` by default).
 
     Raises:
         ValueError: when it cannot be read, or its columns are those of no known benchmark.
@@ -49,7 +49,8 @@ def load_benchmark(source: str) -> list[Fragment]:
     fragments: list[Fragment] = []
     for number, row in enumerate(_rows(source)):
         try:
-            benchmark, task_id, parts = _recognise(row, source)(row, number)
+            columns, read = _recognise(row, source)
+            benchmark, task_id, parts = read(columns, number)
         except (TypeError, AttributeError) as error:
             raise ValueError(
                 f"benchmark {source}: row {number + 1} has a column of an unexpected type: {error}"
@@ -60,21 +61,15 @@ def load_benchmark(source: str) -> list[Fragment]:
     return fragments
 
 
-def _rows(source: str) -> Iterator[Row]:
-    path = Path(source)
-    if path.suffix in (".gz", ".json", ".jsonl") and path.is_file():
-        content = path.read_bytes()
-        try:
-            text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-            # A file of MBPP's sanitised subset is one array.
-            lines = (line for line in text.split("\n") if line.strip())
-            yield from json.loads(text) if text.lstrip().startswith("[") else map(json.loads, lines)
-        except (ValueError, EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"benchmark {source} cannot be read: {error}") from None
-    elif path.suffix == ".parquet":
-        yield from (dict(record.value) for record in read_records(DataFile(path=source)))  # type: ignore[arg-type]
-    else:
+def _rows(source: str) -> Iterator[object]:
+    if not Path(source).exists():
         yield from _hub_rows(source)
+        return
+    for record in read_records(DataFile(path=source)):
+        try:
+            yield record.decoded()
+        except BadRecord as error:
+            raise ValueError(f"benchmark {source} cannot be read: line {record.line}: {error}") from None
 
 
 def _hub_rows(source: str) -> Iterator[Row]:
@@ -86,17 +81,17 @@ def _hub_rows(source: str) -> Iterator[Row]:
         yield from datasets.load_dataset(name, configuration or None, split=split or "test")
     # The package raises more than a dozen types here: connection, missing repository, missing split.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
         raise ValueError(f"benchmark {source} is no file, and could not be loaded from the hub ({reason})") from error
 
 
 Reader = Callable[[Row, int], tuple[str, str, list[tuple[Part, str]]]]
 
 
-def _recognise(row: Row, source: str) -> Reader:
+def _recognise(row: object, source: str) -> tuple[Row, Reader]:
     for columns, reader in _READERS:
         if isinstance(row, dict) and columns <= row.keys():
-            return reader
+            return row, reader
     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
     expected = "; ".join(", ".join(sorted(columns)) for columns, _ in _READERS)
     raise ValueError(f"benchmark {source}: unknown columns {found}; expected one of: {expected}")

@@ -19,10 +19,12 @@ from typing import IO
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.sources import Record
+from reflectron.engine.files import temporary_name
 
 # Names of a conversation's structure, not of its content.
 _STRUCTURE = ("role", "type")
 _WORD = re.compile(r"\w+")
+_DATA_SUFFIX = re.compile(r"(?<=.)(\.\w+)?\.(gz|zst|bz2|xz)$|(?<=.)\.\w+$")
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,11 @@ def squeezed(text: str) -> str:
 
 
 def as_line(record: Record) -> bytes:
-    """The record as a line of JSON: the very bytes that were read, where it was one."""
+    """The record as a line of JSON: the very bytes that were read, but for line breaks between them."""
     if isinstance(record.value, bytes):
-        return record.value + b"\n"
-    return json.dumps(record.value, ensure_ascii=False, default=str).encode() + b"\n"
+        return b" ".join(record.value.splitlines()) + b"\n"
+    row = {"unreadable": str(record.value)} if isinstance(record.value, BadRecord) else record.value
+    return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
 
 
 def data_files(paths: Sequence[str], split: str) -> dict[str, DataFile]:
@@ -122,7 +125,7 @@ def data_files(paths: Sequence[str], split: str) -> dict[str, DataFile]:
     """
     files: dict[str, DataFile] = {}
     for path in paths:
-        name = re.sub(r"[^\w.-]", "_", Path(path).stem if Path(path).is_file() else path)
+        name = re.sub(r"[^\w.-]", "_", _DATA_SUFFIX.sub("", Path(path).name) if Path(path).is_file() else path)
         if name in files:
             raise ValueError(f"{path} and {files[name].path} would both be written as {name}.jsonl; rename one of them")
         files[name] = DataFile(path=path, split=split)
@@ -132,7 +135,7 @@ def data_files(paths: Sequence[str], split: str) -> dict[str, DataFile]:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name when it is complete, and not at all after an error."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(temporary_name(path.name))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as stream:

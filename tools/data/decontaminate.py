@@ -7,7 +7,6 @@ exclusion the benchmark, its task, the matched text and its position.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.sources import read_chunks
+from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.sources import read_chunks, read_rows
 from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.text import printable
 from reflectron.tools.data.benchmarks import Fragment, load_benchmark
 from reflectron.tools.data.corpus import as_line, data_files, from_extra, new_file, words, write_row
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="SOURCE",
-        help="files (.jsonl, .json, .parquet, also .gz) or hub data sets as name:configuration@split",
+        help="files of JSON or Parquet, or hub data sets as name:configuration@split",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of what is written")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="look at these only (default: all)")
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _clean(name: str, file: DataFile, out: Path, detector: Detector, report: IO[bytes], workers: int) -> None:
     """Split one file into its kept and its excluded records, and print the counts."""
     total = unreadable = contaminated = 0
-    by_benchmark: Counter[str] = Counter()
+    by_benchmark, reasons = Counter[str](), Counter[str]()
     with new_file(out / "kept" / f"{name}.jsonl") as kept, new_file(out / "excluded" / f"{name}.jsonl") as excluded:
         for chunk, findings in map_chunks(detector, read_chunks(file, _RECORDS_PER_CHUNK), workers):
             found = {finding.offset: finding for finding in findings}
@@ -81,11 +82,15 @@ def _clean(name: str, file: DataFile, out: Path, detector: Detector, report: IO[
                 place = {"file": file.path, "line": record.line, "index": record.index}
                 if finding.reason:
                     unreadable += 1
+                    reasons[finding.reason.split(":")[0]] += 1
                     write_row(report, {**place, "reason": finding.reason})
                 contaminated += bool(finding.matches)
                 by_benchmark.update({match.benchmark for match in finding.matches})
                 for match in finding.matches:
                     write_row(report, {**place, **asdict(match)})
+        if unreadable == total:
+            reason = reasons.most_common(1)[0][0]
+            raise ValueError(f"{file.path}: none of its {total} records has a text to look at, most for {reason!r}")
     named = ", ".join(f"{benchmark} {count}" for benchmark, count in sorted(by_benchmark.items()))
     print(
         f"{file.path}: {total} records, {total - contaminated - unreadable} kept, {contaminated} contaminated"
@@ -109,16 +114,15 @@ def _read_allowed(path: str) -> tuple[Allowed, ...]:
     from reflectron.tools.data.contamination import Allowed
 
     entries = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for record in read_rows(Path(path)):
         try:
-            row = json.loads(line)
-            given = {key: str(row[key]) for key in _ALLOWED_KEYS if key in row}
-        except (ValueError, TypeError):
-            given = {}
+            row = record.decoded()
+        except BadRecord:
+            row = None
+        given = {key: str(row[key]) for key in _ALLOWED_KEYS if key in row} if isinstance(row, dict) else {}
         if not given:
             expected = "a JSON object with at least one of " + ", ".join(_ALLOWED_KEYS)
-            raise ValueError(f"--allow {path}, line {number} is {line[:60]!r}, expected {expected}")
+            found = printable(record.value, 60)
+            raise ValueError(f"--allow {path}, line {record.line} is {found}, expected {expected}")
         entries.append(Allowed(**given))
     return tuple(entries)

@@ -140,7 +140,7 @@ def find_duplicates(
         workers: processes; 0 means one per core. The result does not depend on it.
 
     Raises:
-        ValueError: when a file cannot be read, or none has a readable record.
+        ValueError: when a file cannot be read, or has no readable record.
     """
     cut = choose_bands(min(similarity.threshold, 1.0), similarity.permutations)
     signer = _Signer(tuple(columns), similarity, cut)
@@ -178,8 +178,9 @@ def _sign(
                     unreadable.append((*place, signed.unreadable[offset]))
                 else:
                     places.append(place)
-    if not places:
-        raise ValueError(f"{', '.join(file.path for file in files)}: no record with a text, expected at least one")
+        if not places or places[-1][0] != number:
+            reason = unreadable[-1][-1]
+            raise ValueError(f"{file.path}: no record with a text, expected at least one; the last says {reason!r}")
     stream.flush()
     together = _Signed(
         digests=np.concatenate([part.digests for part in parts]),

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflectron.engine.config import DataFile
-from reflectron.tools.data.corpus import new_file, write_row
+from reflectron.engine.data.conversation import BadRecord
+from reflectron.tools.data.corpus import new_file, require_unicode, write_row
 from reflectron.tools.data.oss_rows import Cleaner, Row, Unusable, parse_answer
 from reflectron.tools.data.seeds import PAPER_QUOTAS, Seed, SeedFile, draw_seeds, language_name
 from reflectron.tools.llm.arguments import add_client_arguments, make_client
+from reflectron.tools.llm.reply import FINAL
 from reflectron.tools.llm.request import PromptTemplate, Request, content_hash
-from reflectron.tools.llm.work import Stop, for_each
+from reflectron.tools.llm.work import Stop, ending, for_each
 
 if TYPE_CHECKING:
     from reflectron.tools.llm.client import LlmClient
@@ -78,7 +80,7 @@ class _Task:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, ask, clean and write; 1 when the run ended before every seed was asked about."""
+    """Draw, ask, clean and write; 1 when not every seed has its answer, or when there is not one sample."""
     quotas = _quotas(args.quota) if args.quota else PAPER_QUOTAS
     files = [_seed_file(word, args.split) for word in args.data]
     seeds, counts = draw_seeds(files, quotas, args.seed, args.content_column, args.language_column)
@@ -87,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{language}: {len(seeds[language])} of {quota} seeds from {counts.documents[language]} documents")
     for reason, count in counts.skipped.most_common():
         print(f"{count} documents skipped: {reason}")
-    answers, stopped = asyncio.run(_ask_all(args, tasks))
-    left = _write(tasks, answers, args.out)
-    if left:
-        print(f"{left} seeds left ({stopped}); the same command goes on")
-    return 1 if left else 0
+    answers, stop = asyncio.run(_ask_all(args, tasks))
+    end = ending(stop, **_write(tasks, answers, args.out), unit="seeds")
+    if end.line is not None:
+        print(end.line)
+    return end.code
 
 
 def _quotas(words: Sequence[str]) -> dict[str, int]:
@@ -111,8 +113,8 @@ def _seed_file(word: str, split: str) -> SeedFile:
     return SeedFile(DataFile(path=word, split=split), None)
 
 
-async def _ask_all(args: argparse.Namespace, tasks: Sequence[_Task]) -> tuple[dict[_Task, str | Unusable], str | None]:
-    """The answers that there are, and why the run ended early if it did."""
+async def _ask_all(args: argparse.Namespace, tasks: Sequence[_Task]) -> tuple[dict[_Task, str | Unusable], Stop]:
+    """The answers that there are, and whether and why the run ended early."""
     from reflectron.tools.llm.client import RequestFailed
     from reflectron.tools.llm.progress import Progress
 
@@ -129,12 +131,16 @@ async def _ask_all(args: argparse.Namespace, tasks: Sequence[_Task]) -> tuple[di
                 except Unusable as error:
                     answers[task] = error
                 except RequestFailed as error:
+                    if error.kind not in FINAL:
+                        # The server's failure says nothing about the seed, which stays to be asked about.
+                        progress.step(f"request failed: {error.kind}")
+                        return
                     answers[task] = Unusable(f"request failed: {error.kind}")
                 result = answers[task]
                 progress.step("answered" if isinstance(result, str) else str(result))
 
             await for_each(tasks, ask, at_a_time=args.concurrency, stop=stop)
-    return answers, stop.reason
+    return answers, stop
 
 
 async def _ask(client: LlmClient, seed: Seed) -> str:
@@ -151,18 +157,22 @@ async def _ask(client: LlmClient, seed: Seed) -> str:
     answer = await client.ask(request)
     if answer.outcome != "ok":
         raise Unusable(f"answer {answer.outcome}")
+    try:
+        require_unicode(answer.text, "the answer")
+    except BadRecord as error:
+        raise Unusable(str(error)) from None
     return answer.text
 
 
-def _write(tasks: Sequence[_Task], answers: dict[_Task, str | Unusable], out: Path) -> int:
-    """Clean the answers in the order of their seeds, write and count them; returns the seeds without an answer."""
+def _write(tasks: Sequence[_Task], answers: dict[_Task, str | Unusable], out: Path) -> dict[str, int]:
+    """Clean the answers in the order of their seeds, write and count them; returns the samples made and seeds left."""
     cleaner = Cleaner()
     results: dict[str, Counter[str]] = {}
     with new_file(out / "oss_instruct.jsonl") as kept, new_file(out / "rejected.jsonl") as rejected:
         for task in tasks:
             counts = results.setdefault(task.seed.language, Counter())
             if task not in answers:
-                counts["not asked"] += 1
+                counts["not answered"] += 1
                 continue
             start = {"lang": task.seed.language, "raw_index": task.seed.raw_index, "index": task.index}
             try:
@@ -180,7 +190,11 @@ def _write(tasks: Sequence[_Task], answers: dict[_Task, str | Unusable], out: Pa
         stream.write(json.dumps(report, indent=2).encode() + b"\n")
     for language, row_counts in report.items():
         print(f"{language}: " + ", ".join(f"{reason} {count}" for reason, count in row_counts.items()))
-    return sum(counts["not asked"] for counts in results.values())
+    return {"made": _total(results, "kept"), "left": _total(results, "not answered")}
+
+
+def _total(results: dict[str, Counter[str]], reason: str) -> int:
+    return sum(counts[reason] for counts in results.values())
 
 
 def _row(task: _Task, answer: str | Unusable) -> Row:

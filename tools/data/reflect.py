@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the samples; 0 also when a budget or a signal ended the run early."""
+    """Make the samples; 1 when the run ended before every problem was done, or when there is not one sample."""
     import asyncio
 
     require("openai", "tenacity", "jupyter_client", "ipykernel")
@@ -69,7 +69,7 @@ async def _run(args: argparse.Namespace) -> int:
     from reflectron.tools.llm.arguments import make_client
     from reflectron.tools.llm.progress import Progress
     from reflectron.tools.llm.request import content_hash
-    from reflectron.tools.llm.work import Stop
+    from reflectron.tools.llm.work import Stop, ending
     from reflectron.tools.sandbox.limits import Limits
     from reflectron.tools.sandbox.process import choose_sandbox
 
@@ -93,10 +93,12 @@ async def _run(args: argparse.Namespace) -> int:
                     runner = sandbox_runner(kind, limits)
                     reflection = Reflection(client, interpreters, dialogue, runner, settings)
                     await _solve(reflection, todo, results, progress, args.concurrency)
-            _report(args, records, results, client, progress)
-    if stop.reason is not None:
-        progress.line(f"stopped: {stop.reason}. All that was begun is saved; the same command goes on.")
-    return 0
+            made = _report(args, records, results, client, progress)
+            left = sum(not results.known(problem) for problem in problems)
+    end = ending(stop, made=made, left=left, unit="problems")
+    if end.line is not None:
+        progress.line(end.line)
+    return end.code
 
 
 def _records(args: argparse.Namespace) -> list[Problem | Reject]:
@@ -104,7 +106,7 @@ def _records(args: argparse.Namespace) -> list[Problem | Reject]:
     from reflectron.tools.data.reflection.executions import EXECUTIONS
     from reflectron.tools.data.reflection.problems import read_problems
     from reflectron.tools.data.reflection.results import OUTCOMES, REJECTS, SAMPLES
-    from reflectron.tools.llm.client import ATTEMPTS
+    from reflectron.tools.llm.work import ATTEMPTS
 
     own = {(args.out / name).resolve() for name in (ATTEMPTS, EXECUTIONS, OUTCOMES, SAMPLES, REJECTS, STATS)}
     if taken := [path for path in args.problems if Path(path).resolve() in own]:
@@ -132,8 +134,8 @@ def _report(
     results: Results,
     client: LlmClient,
     progress: Progress,
-) -> None:
-    """Write the files of the run and say what they hold."""
+) -> int:
+    """Write the files of the run and say what they hold; returns the samples."""
     from reflectron.tools.data.reflection.report import Tally, lines
     from reflectron.tools.data.reflection.results import SAMPLES
 
@@ -145,3 +147,4 @@ def _report(
     for line in lines(stats):
         progress.line(line)
     progress.line(f"samples    {args.out / SAMPLES}")
+    return int(stats["accepted"])

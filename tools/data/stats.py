@@ -61,7 +61,10 @@ class FileStats:
 
     path: str
     samples: int
+    too_long: int
     rejected: int
+    with_special_tokens: int
+    """Samples whose contents spell a special token."""
     reflection: int
     """Samples with a student."""
     tokens_mean: float
@@ -173,7 +176,9 @@ def _file_stats(store: TokenStore, reflection: np.ndarray, config: Config) -> li
             FileStats(
                 path=summary.path,
                 samples=int(own.sum()),
+                too_long=summary.too_long,
                 rejected=summary.rejected_total,
+                with_special_tokens=summary.with_special_tokens,
                 reflection=int((own & reflection).sum()),
                 tokens_mean=float(lengths.mean()),
                 tokens_p50=float(np.median(lengths)),
@@ -187,7 +192,7 @@ def _file_stats(store: TokenStore, reflection: np.ndarray, config: Config) -> li
 
 def _student_share(store: TokenStore, samples: np.ndarray, config: Config) -> dict[str, float] | None:
     from reflectron.engine.data.masking import visible_tokens
-    from reflectron.engine.data.sampler import SampleRef, mask_generator
+    from reflectron.engine.data.sampler import SampleRef, mask_draws
     from reflectron.engine.data.views import make_views
 
     teacher = int(store.lengths[samples].sum())
@@ -195,8 +200,8 @@ def _student_share(store: TokenStore, samples: np.ndarray, config: Config) -> di
     for index in samples.tolist():
         sample = store[index]
         for rate in _RATES:
-            generator = mask_generator(config.seed, SampleRef(0, index, 0))
-            views = make_views(sample, visible_tokens(sample, config.mask, rate, generator))
+            draws = mask_draws(config.seed, SampleRef(0, index, 0))
+            views = make_views(sample, visible_tokens(sample, config.mask, rate, draws))
             student[rate] += len(views.student_positions)
     return {str(rate): tokens / teacher for rate, tokens in student.items()} if teacher else None
 
@@ -269,14 +274,25 @@ def _print_files(files: Sequence[FileStats]) -> None:
     lengths = ("tokens_mean", "tokens_p50", "tokens_p95", "tokens_max")
     rows = [
         [
-            *(str(number) for number in (file.samples, file.rejected, file.reflection)),
+            *(str(number) for number in (file.samples, file.too_long, file.rejected, file.reflection)),
             *(f"{getattr(file, name):.0f}" for name in lengths),
             *(f"{file.student_share[str(rate)]:.0%}" if file.student_share else "-" for rate in _RATES),
             file.path,
         ]
         for file in files
     ]
-    header = ["samples", "rejected", "reflection", "mean", "p50", "p95", "longest", *map(str, _RATES), "file"]
+    header = [
+        "samples",
+        "too long",
+        "rejected",
+        "reflection",
+        "mean",
+        "p50",
+        "p95",
+        "longest",
+        *map(str, _RATES),
+        "file",
+    ]
     print("tokens of a sample, and the student's share of them at four mask rates")
     _print_table(header, rows)
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from reflectron.engine.job_lock import lock_folder
 from reflectron.engine.parallel.launch import REQUEUE_EXIT_CODE, resolve_environment
 from reflectron.engine.parallel.machine import check_machine
 from reflectron.tools.eval.generate import add_answer_arguments
@@ -50,6 +51,11 @@ def _listed(text: str) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Train, score and tabulate what is missing; returns 0, or the exit code of the first run that failed."""
     _check(args)
+    with lock_folder(Path(args.out), "--out"):
+        return _run_alone(args)
+
+
+def _run_alone(args: argparse.Namespace) -> int:
     from reflectron.tools.eval.ablation_plan import Base, plan
     from reflectron.tools.eval.ablation_run import RunFailed, evaluate, train
 

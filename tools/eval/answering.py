@@ -1,138 +1,138 @@
-"""Runs inside the sandbox: a program and inputs come in, its answers go out, one pickle each, as they are made.
+"""Runs inside the sandbox: a program and inputs come in, its answers go out as plain data, as they are made.
 
-Started as a script of its own, beside ``job.pickle``. Each suite of inputs runs in a fresh process and writes to its
-own pipe ``answers.<suite>``. The program is held as evalplus 0.3.1 holds it (``reliability_guard``, ``swallow_io``),
-but never meets an expected answer. Answers are reduced to data: an object whose ``__eq__`` says yes to all is not.
+Started as a script of its own, beside ``job``, a file of messages. Each suite of inputs runs in a fresh process and
+writes to its own pipe ``answers.<suite>``. The program is held as evalplus 0.3.1 holds it (``reliability_guard``,
+``swallow_io``), but never meets an expected answer. The program can write to these pipes what it likes, so a reader
+takes what comes for claims of the program.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from evalplus.eval.utils import reliability_guard, swallow_io
 
-_BASES: tuple[type, ...] = (tuple, list, dict, set, frozenset, str, bytes, int, float, complex)
-_KNOWN = {("collections", name) for name in ("Counter", "OrderedDict", "defaultdict", "deque")} | {
-    ("builtins", name) for name in ("range", "bytearray", "set", "frozenset", "complex")
-}
+if TYPE_CHECKING:
+    from reflectron.tools.sandbox import plain_data
+else:
+    # It lies beside this file, in a folder that Python's -I keeps from the path.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import plain_data
 
+    del sys.path[0]
 
-def subclass_of(base: str, value: object) -> NoReturn:
-    """Stands in a pickle for an instance of a subclass; the reader has its own."""
-    raise NotImplementedError
-
-
-def array(dtype: str, shape: tuple[int, ...], content: bytes) -> NoReturn:
-    """Stands in a pickle for a numpy array or scalar."""
-    raise NotImplementedError
-
-
-def opaque(description: str) -> NoReturn:
-    """Stands in a pickle for anything that is not data."""
-    raise NotImplementedError
-
-
-_CALLED = (subclass_of, array, opaque)
-
-
-class _Pickler(pickle.Pickler):
-    """Writes data and nothing that a reader would have to run code for."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        kind = obj if isinstance(obj, type) else type(obj)
-        # Also what pickles of data call; by identity, for an answer may claim to equal anything.
-        if any(obj is called for called in _CALLED) or kind in _BASES or (kind.__module__, kind.__qualname__) in _KNOWN:
-            return NotImplemented
-        if kind.__module__ == "numpy" and hasattr(obj, "tobytes") and obj.dtype.kind in "biufc":
-            return array, (obj.dtype.str, obj.shape, obj.tobytes())
-        for base in _BASES:
-            if isinstance(obj, base):
-                return subclass_of, (base.__name__, base(obj))
-        return opaque, (f"{kind.__name__}: {obj!r}"[:200],)
+# Inputs come from a benchmark's file.
+_INPUT_LIMITS = plain_data.DataLimits(message_bytes=1 << 30, nodes=1 << 27)
+# What a set may be made of without a look at it.
+_KEPT = (tuple, list, dict, set, frozenset, str, bytes, int, float, complex)
+_ERROR_CHARACTERS = 300
+# The program may put something else in its place.
+_LEAVE = os._exit
+# Of the clock, for each second of CPU time.
+_PATIENCE = 6
 
 
 def main() -> None:
     """Read the job and run its suites, one after the other."""
-    with open("job.pickle", "rb") as file:
-        job = pickle.load(file)
-    os.remove("job.pickle")
-    for number, inputs in enumerate(job["suites"]):
-        child = os.fork()
-        if child == 0:
-            _answer_if_wanted(job, number, inputs)
-            os._exit(0)
-        os.waitpid(child, 0)
+    with open("job", "rb") as file:
+        job = plain_data.read_message(file, _INPUT_LIMITS)
+        suites = [plain_data.read_message(file, _INPUT_LIMITS) for _ in job["seconds"]]
+    # Whoever made the file sees by this that from here on the program is to blame.
+    os.remove("job")
+    for number, inputs in enumerate(suites):
+        try:
+            # Not waiting: a reader that wants no answer, as where a suite has no inputs, has already left.
+            descriptor = os.open(f"answers.{number}", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            continue
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "wb") as pipe:
+            child = os.fork()
+            if child == 0:
+                _answer_all(job, inputs, job["seconds"][number], pipe)
+                _LEAVE(0)
+            _, status = os.waitpid(child, os.WUNTRACED)
+            if os.WIFSTOPPED(status):
+                _write(pipe, "clock", 0.0, "the program stopped itself")
+                os.kill(child, signal.SIGKILL)
+                _, status = os.waitpid(child, 0)
+            elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+                _write(pipe, "clock", 0.0, f"all inputs together took more than {job['suite_seconds']} s of CPU time")
 
 
-def _answer_if_wanted(job: dict[str, Any], number: int, inputs: list[Any]) -> None:
+def _write(pipe: Any, outcome: str, seconds: float, content: object) -> None:
     try:
-        # Not waiting: a reader that wants no answer, as where a suite has no inputs, has already left.
-        descriptor = os.open(f"answers.{number}", os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:
-        return
-    os.set_blocking(descriptor, True)
-    with open(descriptor, "wb") as pipe:
-        _answer_all(job, inputs, job["seconds"][number], pipe)
+        try:
+            data = plain_data.encode((outcome, seconds, content))
+        except BaseException as error:
+            # Too large, or no memory is left.
+            reason = f"the answer cannot be handed on: {_describe(error)}"
+            data = plain_data.encode(("unsaid", seconds, reason))
+        pipe.write(len(data).to_bytes(8, "little"))
+        pipe.write(data)
+        pipe.flush()
+    except BaseException:
+        # The reader has seen enough and left, or half an answer is written.
+        _LEAVE(0)
 
 
 def _answer_all(job: dict[str, Any], inputs: list[Any], seconds: list[float], pipe: Any) -> None:
-    """Write ``(outcome, CPU seconds, answer or reason)`` of each input, or of the program if it cannot be loaded."""
+    """Write ``(outcome, CPU seconds, answer or reason)`` of each input, or of the program if it cannot be loaded.
 
-    leave = os._exit
+    Outcomes are ``answer``, ``error``, ``timeout`` (an input's CPU time), ``clock`` (another limit on time) and
+    ``unsaid`` (an answer that is too large).
+    """
 
-    def write(*message: object) -> None:
-        pickler = _Pickler(pipe, protocol=4)
-        # Without a memo answers of hundreds of megabytes need no second copy, and readers see no shared objects.
-        pickler.fast = True
-        try:
-            pickler.dump(message)
-            pipe.flush()
-        except BaseException:
-            # The reader has seen enough and left, or half an answer is written.
-            leave(0)
-
-    def at_end() -> None:
-        write("timeout", 0.0, "time limit")
-        leave(0)
+    def at_end(outcome: str, reason: str) -> None:
+        _write(pipe, outcome, 0.0, reason)
+        _LEAVE(0)
 
     limit = job["suite_seconds"]
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     reliability_guard(maximum_memory_bytes=job["memory_bytes"])
     names: dict[str, Any] = {}
     timed = _Timed(at_end)
-    try:
-        with swallow_io(), timed.limit(limit):
-            exec(job["code"], names)
-            function = names[job["entry_point"]]
-    except BaseException as error:
-        write("error", 0.0, _describe(error))
+    outcome, content = "answer", None
+    with timed.limit(limit):
+        try:
+            with swallow_io():
+                exec(job["code"], names)
+                function = names[job["entry_point"]]
+        except BaseException as error:
+            outcome, content = "error", _describe(error)
+    if outcome == "error":
+        _write(pipe, outcome, 0.0, content)
         return
     for arguments, allowed in zip(inputs, seconds, strict=True):
         started = time.process_time()
-        outcome, answer = "answer", None
-        try:
-            with swallow_io(), timed.limit(allowed):
-                answer = function(*arguments)
-                if job["as_set"] and type(answer) not in _BASES:
-                    # evalplus compares these tasks as sets; an iterator could not leave this process.
-                    answer = set(answer)
-        except BaseException as error:
-            outcome, answer = "error", _describe(error)
-        write(outcome, time.process_time() - started, answer)
+        with timed.limit(allowed):
+            try:
+                with swallow_io():
+                    outcome, content = "answer", _in_form(function(*arguments), job["form"])
+            except BaseException as error:
+                outcome, content = "error", _describe(error)
+        _write(pipe, outcome, time.process_time() - started, content)
+
+
+def _in_form(answer: Any, form: str) -> Any:
+    """What evalplus compares of an answer; an iterator could not leave this process."""
+    if form == "presence":
+        return answer is not None
+    return set(answer) if form == "set" and type(answer) not in _KEPT else answer
 
 
 class _Timed:
     """Ends the process, whatever it catches, when it has used its CPU time, or six times as much of the clock's."""
 
-    def __init__(self, at_end: Callable[[], object]) -> None:
-        for number in (signal.SIGPROF, signal.SIGALRM):
-            signal.signal(number, lambda *_: at_end())
+    def __init__(self, at_end: Callable[[str, str], object]) -> None:
+        signal.signal(signal.SIGPROF, lambda *_: at_end("timeout", f"took more than {self.seconds:g} s of CPU time"))
+        signal.signal(signal.SIGALRM, lambda *_: at_end("clock", f"took more than {_PATIENCE * self.seconds:g} s"))
         self.seconds = 0.0
 
     def limit(self, seconds: float) -> _Timed:
@@ -141,7 +141,7 @@ class _Timed:
 
     def __enter__(self) -> None:
         signal.setitimer(signal.ITIMER_PROF, self.seconds)
-        signal.setitimer(signal.ITIMER_REAL, 6 * self.seconds)
+        signal.setitimer(signal.ITIMER_REAL, _PATIENCE * self.seconds)
 
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -149,10 +149,11 @@ class _Timed:
 
 
 def _describe(error: BaseException) -> str:
+    """Type and text of an error, whose text may be none."""
     try:
-        return f"{type(error).__name__}: {error}"[:300]
+        return f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS]
     except BaseException:
-        return type(error).__name__
+        return "an error that cannot be put into words"
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
-"""The reader's side of a program in the sandbox: its answers come in through a pipe and go out one by one, as data.
+"""A program goes into the sandbox, and its answers come out through pipes that whoever judges them reads.
 
-Nothing that the program can write makes the reader run code, wait for ever or hold more than one answer.
+Nothing that the program writes is looked at here.
 """
 
 from __future__ import annotations
 
-import collections
-import io
 import os
-import pickle
-import select
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Literal
 
+from reflectron.engine.text import one_line, printable
+from reflectron.tools.sandbox import plain_data
 from reflectron.tools.sandbox.process import Limits, SandboxKind, run_sandboxed
 
-_POLL_MS = 100
 _FOLDER_BYTES = 64 << 20
+_STORED_BYTES = 4 << 30
 # Of the sandbox's own processes, the imports and the writing of answers, beside the time of the suites.
 _OVERHEAD_SECONDS = 30
+_PATIENCE = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,160 +30,106 @@ class Program:
 
     code: str
     entry_point: str
-    suites: Sequence[Sequence[Any]]
-    """Lists of argument lists."""
+    suites: Sequence[bytes]
+    """Lists of argument lists, encoded as plain data."""
     seconds: Sequence[Sequence[float]]
     """CPU time allowed to each input."""
     suite_seconds: int
     """CPU time allowed to a suite."""
     memory_bytes: int
-    as_set: bool
-    """Whether an answer is a set, given as any iterable."""
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """An answer that was no data."""
-
-    description: str
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    __hash__ = None  # type: ignore[assignment]
+    form: Literal["whole", "set", "presence"] = "whole"
+    """What is wanted of an answer: itself, a set given as any iterable, or whether there is one."""
 
 
 class AnswerPipes:
-    """A program's answers, readable by whoever is forked after this is made and before ``run``.
+    """A program's answers, one pipe a suite, with the read ends open before the program starts.
 
     Args:
         folder: an empty folder, the program's writable one.
+        stored: files instead of pipes, for a program that is trusted to write that much.
     """
 
-    def __init__(self, program: Program, folder: Path) -> None:
-        self.program, self.folder = program, folder
-        shutil.copyfile(Path(__file__).with_name("answering.py"), folder / "answering.py")
-        (folder / "job.pickle").write_bytes(pickle.dumps(vars(program)))
-        self._descriptors = []
-        for number in range(len(program.suites)):
-            os.mkfifo(folder / f"answers.{number}")
-            self._descriptors.append(os.open(folder / f"answers.{number}", os.O_RDONLY | os.O_NONBLOCK))
-        # Its end tells readers that nobody is left who could write.
-        self._ended, self._running = os.pipe()
+    def __init__(self, program: Program, folder: Path, *, stored: bool = False) -> None:
+        self._program, self._folder, self._stored = program, folder, stored
+        self._open: set[int] = set()
+        copy_script("answering.py", folder)
+        with (folder / "job").open("wb") as job:
+            fields = {name: value for name, value in vars(program).items() if name != "suites"}
+            plain_data.write_message(job, fields)
+            for suite in program.suites:
+                job.write(len(suite).to_bytes(8, "little") + suite)
+        paths = [folder / f"answers.{number}" for number in range(len(program.suites))]
+        for path in paths:
+            path.touch() if stored else os.mkfifo(path)
+        self.answers = [self._opened(path) for path in paths]
+        """Descriptors of each suite's answers."""
+        self.ended, self._running = os.pipe()
+        """A pipe that ends when nobody is left who could write."""
+        self._open |= {self.ended, self._running}
+        self._job = self._opened(folder / "job")
 
-    def run(self, kind: SandboxKind) -> str:
-        """Run the program to its end; returns how that came (``Outcome.ended``)."""
-        cpu_seconds = len(self.program.suites) * self.program.suite_seconds + _OVERHEAD_SECONDS
-        limits = Limits(
-            wall_seconds=5 * cpu_seconds,
-            cpu_seconds=cpu_seconds,
-            memory_bytes=self.program.memory_bytes,
-            folder_bytes=_FOLDER_BYTES,
-            file_bytes=_FOLDER_BYTES,
-        )
-        try:
-            outcome = run_sandboxed(kind, [sys.executable, "-I", "answering.py"], folder=self.folder, limits=limits)
-        finally:
-            os.close(self._running)
-        if outcome.ended == "exited" and outcome.returncode:
-            raise OSError(f"the sandbox's own script failed: {outcome.stderr.strip()}")
-        return outcome.ended
+    def __enter__(self) -> AnswerPipes:
+        return self
 
-    def messages(self, suite: int) -> Iterator[tuple[str, float, Any]]:
-        """``(outcome, CPU seconds, answer or reason)`` of each input of a suite, as they come; ends where they end.
+    def __exit__(self, *_: object) -> None:
+        self._close(*self._open)
 
-        Raises:
-            pickle.UnpicklingError: when something else was written.
-        """
-        stream = io.BufferedReader(_Fifo(self._descriptors[suite], self._ended), 1 << 16)
-        while stream.peek(1):
-            yield DataUnpickler(stream).load()
+    def stop_reading(self) -> None:
+        """Let go of what others have taken over: a program that writes on when nobody else reads is ended by that."""
+        self._close(*self.answers, self.ended)
 
-    def keep_only(self, suite: int) -> None:
-        """In a process that was forked to read ``suite``: let go of all other ends."""
-        os.close(self._running)
-        for number, descriptor in enumerate(self._descriptors):
-            if number != suite:
-                os.close(descriptor)
+    def _opened(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._open.add(descriptor)
+        return descriptor
 
-    def close(self) -> None:
-        """Stop reading here: a program that writes on when nobody else reads is ended by that."""
-        for descriptor in (*self._descriptors, self._ended):
+    def _close(self, *descriptors: int) -> None:
+        for descriptor in self._open.intersection(descriptors):
+            self._open.remove(descriptor)
             os.close(descriptor)
 
-
-def read_all(pipes: AnswerPipes, kind: SandboxKind) -> Iterator[Iterator[tuple[str, float, Any]]]:
-    """Run a program and give its suites' messages, which must be read to their ends in this order."""
-    with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(pipes.run, kind)
-        try:
-            for suite in range(len(pipes.program.suites)):
-                yield pipes.messages(suite)
-        finally:
-            pipes.close()
-            running.result()
-
-
-class _Fifo(io.RawIOBase):
-    """A named pipe that also ends when no writer ever came."""
-
-    def __init__(self, descriptor: int, ended: int) -> None:
-        self._descriptor = descriptor
-        self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLIN)
-        self._poll.register(ended, 0)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            events = dict(self._poll.poll(_POLL_MS))
-            if events.get(self._descriptor, 0) & select.POLLIN:
-                data = os.read(self._descriptor, len(buffer))
-                buffer[: len(data)] = data
-                return len(data)
-            if events:
-                return 0
-
-
-class DataUnpickler(pickle.Unpickler):
-    """Builds data only; every other name in a pickle is refused."""
-
-    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        **{("collections", name): getattr(collections, name) for name in ("Counter", "OrderedDict", "deque")},
-        ("collections", "defaultdict"): lambda factory=None: collections.defaultdict(),
-        **{("builtins", kind.__name__): kind for kind in (set, frozenset, complex, bytearray, range, list, dict)},
-        **{("builtins", kind.__name__): kind for kind in (int, float, str, tuple, bool)},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The constructor of that name.
+    def run(self, kind: SandboxKind) -> str:
+        """Run the program to its end; says why it ended before it should have, empty if it did not.
 
         Raises:
-            pickle.UnpicklingError: when it is not among those of data.
+            OSError: when the program cannot have been the reason, because it had not been started.
         """
-        ours = {"subclass_of": _subclass_instance, "array": _array, "opaque": Opaque}
-        if module == "__main__" and name in ours:
-            return ours[name]
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is no data")
-        return self._ALLOWED[module, name]
+        try:
+            return self._run(kind)
+        except OSError as error:
+            if not self._started():
+                raise
+            # The program can stop or kill what reports on it.
+            return f"its sandbox ended: {one_line(error)}"
+        finally:
+            self._close(self._running)
+
+    def _run(self, kind: SandboxKind) -> str:
+        cpu_seconds = len(self._program.suites) * self._program.suite_seconds + _OVERHEAD_SECONDS
+        limits = Limits(
+            wall_seconds=_PATIENCE * cpu_seconds,
+            cpu_seconds=cpu_seconds,
+            memory_bytes=self._program.memory_bytes,
+            folder_bytes=_STORED_BYTES if self._stored else _FOLDER_BYTES,
+            file_bytes=_STORED_BYTES if self._stored else _FOLDER_BYTES,
+        )
+        outcome = run_sandboxed(kind, [sys.executable, "-I", "answering.py"], folder=self._folder, limits=limits)
+        if outcome.ended == "exited" and outcome.returncode == 0:
+            return ""
+        if outcome.ended not in ("exited", "signal"):
+            return f"limit: {outcome.ended}"
+        said = printable(outcome.stderr.strip().rpartition("\n")[2])
+        how = f"exit code {outcome.returncode}" if outcome.ended == "exited" else f"signal {-(outcome.returncode or 0)}"
+        if not self._started():
+            raise OSError(f"the sandbox's own script ended with {how} before the program was started: {said}")
+        return f"its sandbox's script was ended ({how}): {said}" if said else f"its sandbox's script was ended ({how})"
+
+    def _started(self) -> bool:
+        """Whether the script has removed the job's file, which the program, coming after, cannot bring back."""
+        return os.fstat(self._job).st_nlink == 0
 
 
-_SUBCLASSES: dict[str, type] = {
-    kind.__name__: type(f"subclass of {kind.__name__}", (kind,), {})
-    for kind in (tuple, list, dict, set, frozenset, str, bytes, int, float, complex)
-}
-
-
-def _subclass_instance(base: str, value: Any) -> Any:
-    """Equal to what the program's own class would be equal to, and of a type of its own, as there."""
-    return _SUBCLASSES[base](value)
-
-
-def _array(dtype: str, shape: tuple[int, ...], content: bytes) -> Any:
-    import numpy as np
-
-    values = np.frombuffer(content, np.dtype(dtype)).reshape(shape)
-    return values[()] if shape == () else values
+def copy_script(name: str, folder: Path) -> None:
+    """Put a script that runs alone in a sandbox, and the format it speaks, into the sandbox's folder."""
+    shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    shutil.copyfile(Path(plain_data.__file__), folder / "plain_data.py")

@@ -47,7 +47,14 @@ def evaluate(trainer: Trainer, report: Callable[[str], None]) -> dict[str, float
         report: told why there is no result, when there is none.
     """
     folder = Path(trainer.config.output_dir) / "evaluation.tmp"
-    trainer.export(folder / "export")
+    try:
+        trainer.export(folder / "export")
+    except OSError as error:
+        # On all ranks alike.
+        report(f"no evaluation: its export could not be written, training goes on: {error}")
+        if trainer.groups.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
     trainer.groups.progress.enter("evaluating", slow=True)
     shares = None
     if trainer.groups.is_main:
@@ -58,7 +65,7 @@ def evaluate(trainer: Trainer, report: Callable[[str], None]) -> dict[str, float
 
 
 def _pass_at_1(config: Config, folder: Path, report: Callable[[str], None]) -> dict[str, float] | None:
-    from reflectron.engine.parallel.watchdog import SLOW_PHASE_FACTOR
+    from reflectron.engine.parallel.judge import SLOW_PHASE_FACTOR
 
     limit = 60 * config.train.collective_timeout_minutes * SLOW_PHASE_FACTOR * _SHARE_OF_LIMIT
     limit = min(_MOST_SECONDS, limit or _MOST_SECONDS)

@@ -52,8 +52,24 @@ class Answer:
     """``length``: ``max_new_tokens`` ended it."""
 
 
+class Unanswered(Exception):
+    """A server left some prompts of a batch without an answer; the text says why.
+
+    Args:
+        answers: one a prompt, None where there is none.
+    """
+
+    def __init__(self, reason: str, answers: Sequence[Answer | None]) -> None:
+        super().__init__(reason)
+        self.answers = answers
+
+
 class Backend(Protocol):
     """Continues prompts."""
 
     def complete(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
-        """One answer a prompt, in their order."""
+        """One answer a prompt, in their order.
+
+        Raises:
+            Unanswered: when a server does not give them all.
+        """

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reflectron.tools.eval.decoding import Answer, Backend, Decoding, Prompt
+from reflectron.engine.job_lock import take_lock
+from reflectron.engine.terminal import console
+from reflectron.tools.eval.decoding import Answer, Backend, Decoding, Prompt, Unanswered
 from reflectron.tools.eval.problems import (
     Dataset,
     Problem,
@@ -27,6 +29,8 @@ from reflectron.tools.eval.problems import (
 )
 from reflectron.tools.eval.prompts import STYLES, Style, make_ask, render, solution, stop_strings
 from reflectron.tools.eval.rows import drop_unfinished_row, read_json_lines
+from reflectron.tools.llm.arguments import json_object
+from reflectron.tools.llm.secrets import shown_url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +64,19 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate what is missing in the file; returns 0."""
-    rows = generate(args, find_problems(args.dataset, args.data), Path(args.out))
+    """Generate what is missing in the file; 1 when a server does not answer."""
+    try:
+        rows = generate(args, find_problems(args.dataset, args.data), Path(args.out))
+    except Unanswered as failure:
+        return stopped(failure, args.out)
     print(f"{rows} samples in {args.out}")
     return 0
+
+
+def stopped(failure: Unanswered, out: str | Path) -> int:
+    """Say that ``out`` is not complete; the exit code."""
+    print(f"stopped: {failure}. Answers so far are in {out}; the same command goes on.", file=sys.stderr)
+    return 1
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,15 @@ def generate(args: argparse.Namespace, file: ProblemFile, out: Path) -> int:
 
     Raises:
         ValueError: when arguments contradict each other, or ``out`` holds samples of other settings.
+        Unanswered: when a server fails; what it answered is written.
     """
     _check(args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with take_lock(out.with_name(f"{out.name}.lock"), "--out"):
+        return _generate_alone(args, file, out)
+
+
+def _generate_alone(args: argparse.Namespace, file: ProblemFile, out: Path) -> int:
     problems = load_problems(file.dataset, file.path)[: args.limit]
     decoding = _decoding(args, file)
     done = _written(out, generation_settings(args, file))
@@ -125,7 +145,7 @@ def _backend(args: argparse.Namespace) -> Backend:
     if args.backend == "endpoint":
         from reflectron.tools.eval.with_endpoint import EndpointBackend
 
-        body = json.loads(args.endpoint_body)
+        body = json_object("--endpoint-body", args.endpoint_body)
         return EndpointBackend(args.endpoint, args.model, chat=args.prompt == "chat", body=body)
     if args.backend == "vllm":
         from reflectron.tools.eval.with_vllm import VllmBackend
@@ -151,8 +171,13 @@ def _answers(
     # Prompts of like length share a batch: less padding.
     ordered = sorted(samples, key=lambda sample: len(sample.prompt.text))
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    for batch in track(batches, description="generating", disable=not sys.stderr.isatty(), transient=True):
-        answers = backend.complete([sample.prompt for sample in batch], decoding)
+    page, hidden = console(stderr=True), not sys.stderr.isatty()
+    for batch in track(batches, description="generating", console=page, disable=hidden, transient=True):
+        try:
+            answers = backend.complete([sample.prompt for sample in batch], decoding)
+        except Unanswered as failure:
+            yield from ((sample, answer) for sample, answer in zip(batch, failure.answers, strict=True) if answer)
+            raise
         yield from zip(batch, answers, strict=True)
 
 
@@ -184,7 +209,9 @@ def generation_settings(args: argparse.Namespace, file: ProblemFile) -> dict[str
         "data (SHA-256)": hashlib.sha256(file.path.read_bytes()).hexdigest(),
         "prompt": args.prompt,
         "backend": args.backend,
-        "endpoint": [args.endpoint, json.loads(args.endpoint_body)] if args.endpoint else None,
+        "endpoint": [shown_url(args.endpoint), json_object("--endpoint-body", args.endpoint_body)]
+        if args.endpoint
+        else None,
         "dtype": args.dtype,
         "bos": args.bos,
         "max-new-tokens": decoding.max_new_tokens,
@@ -215,6 +242,5 @@ def _written(out: Path, settings: dict[str, Any]) -> set[tuple[str, int]]:
                     "another --out"
                 )
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return done

@@ -1,13 +1,12 @@
-"""Samples of MultiPL-E, DS-1000 and one's own problems come in, each runs with its tests in a sandbox.
+"""Samples of MultiPL-E and DS-1000 come in, each runs with its tests in one program, in a sandbox.
 
 A program passes when it exits with 0, as the benchmarks' own scripts have it (MultiPL-E ``evaluation/src/eval_*.py``,
-DS-1000 ``test_ds1000.py``); with a ``check`` of one's own it must also have come to the program's end. Only toolchains
-that are installed are used; which are missing is said.
+DS-1000 ``test_ds1000.py``), and has come to the end of its tests, which they do not ask for: one that exits early with
+0 fails here. Only toolchains that are installed are used; which are missing is said.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import shutil
@@ -17,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reflectron.tools.eval.problems import Dataset, Problem, ProblemFile
-from reflectron.tools.eval.score import Sample, Score, summarize, tracked, worker_pool
-from reflectron.tools.eval.verdict import Verdict
+from reflectron.engine.text import printable
+from reflectron.tools.eval.problems import Dataset, Problem
+from reflectron.tools.eval.samples import Sample
+from reflectron.tools.eval.verdict import Verdict, Verdicts
 from reflectron.tools.sandbox.process import Limits, Outcome, SandboxKind, run_sandboxed, sandbox_folder
 
 # Of the clock; what counts is the CPU time, so that a loaded machine passes what an idle one passes.
@@ -29,16 +29,6 @@ MEMORY_BYTES = 4 << 30
 
 # Without these a JVM reserves more address space than that.
 _SMALL_JVM = ("-Xmx1g", "-XX:CompressedClassSpaceSize=64m", "-XX:ReservedCodeCacheSize=64m")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgramLimits:
-    """What a command line says about running programs."""
-
-    check_seconds: float = 10.0
-    """CPU time of a program with a ``check`` of one's own; benchmarks have theirs."""
-    java_classes: Path | None = None
-    """The jar of javatuples 1.2, which MultiPL-E's Java problems import."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ TOOLCHAINS = {
         "Problem.java",
         (
             ("javac", *(f"-J{option}" for option in _SMALL_JVM), "-encoding", "UTF8", "-cp", _CLASSES, "Problem.java"),
-            ("java", *_SMALL_JVM, "-ea", "-cp", _CLASSES, "Problem"),
+            ("java", *_SMALL_JVM, "-ea", "-cp", _CLASSES, "EndOfTests"),
         ),
     ),
     "js": Toolchain("problem.js", (("node", "problem.js"),)),
@@ -72,58 +62,59 @@ TOOLCHAINS = {
 }
 """By MultiPL-E's name of the language."""
 
-_PYTHON = Toolchain("problem.py", ((sys.executable, "-I", "problem.py"),), cpu_seconds=120)
+# What a program does where its tests end: it says what it finds on its standard input.
+_END_OF_TESTS = {
+    "java": "class EndOfTests { public static void main(String[] args) throws Throwable { Problem.main(args);"
+    " for (int mark; (mark = System.in.read()) >= 0;) System.out.write(mark); System.out.flush(); } }",
+    "js": ";require('fs').writeSync(1, require('fs').readFileSync(0));",
+    "cpp": ";for (int mark; (mark = std::getchar()) != EOF;) std::putchar(mark);",
+    "php": "fwrite(STDOUT, stream_get_contents(STDIN));",
+    "swift": "while let mark = readLine() { print(mark) }",
+    "rs": ";std::io::copy(&mut std::io::stdin(), &mut std::io::stdout()).unwrap();",
+}
+
+# The mark is out of reach of a program that replaces itself by another one.
+_RUN_PYTHON = """
+import os
+def main():
+    mark, said = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with open("problem.py", encoding="utf-8") as file:
+        program = compile(file.read(), "problem.py", "exec")
+    exec(program, {"__name__": "__main__"})
+    os.write(said, os.read(mark, 64))
+main()
+"""
+_PYTHON = Toolchain("problem.py", ((sys.executable, "-I", "-c", _RUN_PYTHON),), cpu_seconds=120)
 
 
-def score_programs(
-    file: ProblemFile,
-    problems: Sequence[Problem],
-    samples: Sequence[Sample],
-    limits: ProgramLimits,
-    kind: SandboxKind,
-    workers: int,
-) -> Score:
-    """Judge every sample whose toolchain is installed, each in a sandbox of its own; prints shares of groups.
-
-    Args:
-        workers: samples judged at once; 0 takes a core each, as far as memory allows.
+def with_toolchain(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of MultiPL-E that can be run here; prints which languages are left out.
 
     Raises:
-        ValueError: when nothing can be judged.
+        ValueError: when there is none.
     """
-    missing = missing_toolchains(problems) if file.dataset == "multipl-e" else {}
+    missing = missing_toolchains(problems)
     for language, what in missing.items():
-        print(f"{language} is left out: {what}")
-    by_id = {problem.task_id: problem for problem in problems}
-    samples = [s for s in samples if by_id[s.task_id].record.get("language") not in missing]
-    if not samples:
+        print(f"{printable(language)} is left out: {what}")
+    languages = {problem.task_id: problem.record["language"] for problem in problems}
+    left = [sample for sample in samples if languages[sample.task_id] not in missing]
+    if not left:
         raise ValueError("nothing can be scored: no toolchain of these problems is installed")
-    jobs = [(file.dataset, by_id[sample.task_id], sample.code, limits, kind) for sample in samples]
-    with worker_pool(workers, MEMORY_BYTES) as pool:
-        verdicts = list(tracked(pool.map(_judge, jobs), len(jobs), "judging"))
-    for group, share in shares_by_group(file.dataset, problems, samples, verdicts).items():
-        print(f"{group:<12} {100 * share:.1f}")
-    return summarize(file.name, samples, verdicts)
+    return left
 
 
 def shares_by_group(
-    dataset: Dataset, problems: Sequence[Problem], samples: Sequence[Sample], verdicts: Sequence[tuple[Verdict]]
+    dataset: Dataset, problems: Sequence[Problem], samples: Sequence[Sample], verdicts: Sequence[Verdicts]
 ) -> dict[str, float]:
-    """Share of samples that pass, by language (MultiPL-E) or library (DS-1000); one's own have no groups."""
-    if dataset == "functions":
+    """Share of samples that pass, by language (MultiPL-E) or library (DS-1000); others have no groups."""
+    if dataset not in ("multipl-e", "ds1000"):
         return {}
     groups = {p.task_id: p.record.get("language") or p.record["metadata"]["library"] for p in problems}
     passed: dict[str, list[bool]] = {}
-    for sample, (verdict,) in zip(samples, verdicts, strict=True):
+    for sample, (verdict, *_) in zip(samples, verdicts, strict=True):
         passed.setdefault(groups[sample.task_id], []).append(verdict.status == "pass")
     return {group: sum(values) / len(values) for group, values in passed.items()}
-
-
-def _judge(job: tuple[Dataset, Problem, str, ProgramLimits, SandboxKind]) -> tuple[Verdict]:
-    dataset, problem, code, limits, kind = job
-    if dataset == "functions":
-        return (judge_function(problem, code, limits.check_seconds, kind),)
-    return (judge_program(problem, code, kind, limits.java_classes),)
 
 
 def missing_toolchains(problems: Sequence[Problem]) -> dict[str, str]:
@@ -138,47 +129,41 @@ def missing_toolchains(problems: Sequence[Problem]) -> dict[str, str]:
 
 
 def judge_program(problem: Problem, code: str, kind: SandboxKind, java_classes: Path | None) -> Verdict:
-    """Run one sample with its tests.
+    """Run one sample with its tests; it passes when it exits with 0 and has come to the end of its tests.
 
     Args:
         java_classes: the jar of javatuples 1.2, which MultiPL-E's Java problems import.
     """
     language = problem.record.get("language")
     toolchain = TOOLCHAINS[language] if language else _PYTHON
+    program = multipl_e_program(problem, code) if language else ds1000_program(problem, code)
+    # In no file and in no memory of the program's before its tests have ended, unless it reads its standard input.
+    mark = secrets.token_hex(16)
     with sandbox_folder() as folder:
-        source = folder / toolchain.file
-        source.write_text(code + "\n" + problem.record["tests"] if language else ds1000_program(problem, code))
+        (folder / toolchain.file).write_bytes(program.encode(errors="replace"))
         if language == "java" and java_classes is not None:
             shutil.copyfile(java_classes, folder / "javatuples.jar")
         for step in toolchain.steps:
-            outcome = _run(step, folder, toolchain, kind)
+            outcome = _run(step, folder, toolchain, kind, mark if step is toolchain.steps[-1] else "")
             if outcome.ended != "exited" or outcome.returncode:
                 return _verdict(outcome)
-    return Verdict("pass")
+    return Verdict("pass") if mark in outcome.stdout else Verdict("fail", got="the program ended before its tests did")
 
 
-def judge_function(problem: Problem, code: str, cpu_seconds: float, kind: SandboxKind) -> Verdict:
-    """Run one sample with the ``check`` of a problem of one's own.
-
-    The program passes when it comes to its end, where it says a word that the code under test cannot know: one that
-    exits early has passed nothing.
-    """
-    word = secrets.token_hex(16)
-    toolchain = Toolchain("problem.py", _PYTHON.steps, math.ceil(cpu_seconds))
-    with sandbox_folder() as folder:
-        program = function_program(problem, code, word)
-        (folder / toolchain.file).write_text(program, encoding="utf-8", errors="replace")
-        outcome = _run(toolchain.steps[0], folder, toolchain, kind)
-    if outcome.ended != "exited" or outcome.returncode:
-        return _verdict(outcome)
-    if not outcome.stdout.endswith(f"{word}\n"):
-        return Verdict("fail", got="the program ended before its check did")
-    return Verdict("pass")
-
-
-def function_program(problem: Problem, code: str, last_word: str) -> str:
-    """Code and test of a problem with HumanEval's fields, put together as its own ``check_correctness`` does."""
-    return f"{code}\n{problem.record['test']}\ncheck({problem.entry_point})\nprint({last_word!r})\n"
+def multipl_e_program(problem: Problem, code: str) -> str:
+    """Answer and tests of a MultiPL-E problem, with what says that the tests have ended."""
+    language, tests = problem.record["language"], problem.record["tests"]
+    end = _END_OF_TESTS[language]
+    if language in ("cpp", "rs"):
+        # Their tests are the body of `main`, which ends with the file.
+        before, brace, after = tests.rpartition("}")
+        tests = f"{before}{end}{brace}{after}"
+    elif language == "php" and tests.rstrip().endswith("?>"):
+        tests = f"{tests}<?php {end}"
+    else:
+        tests = f"{tests}\n{end}\n"
+    include = "#include <cstdio>\n" if language == "cpp" else ""
+    return f"{include}{code}\n{tests}"
 
 
 def ds1000_program(problem: Problem, code: str) -> str:
@@ -188,7 +173,7 @@ def ds1000_program(problem: Problem, code: str) -> str:
     return f"{context}\ncode = {code!r}\ntest_execution(code)\n{checks}"
 
 
-def _run(step: Sequence[str], folder: Path, toolchain: Toolchain, kind: SandboxKind) -> Outcome:
+def _run(step: Sequence[str], folder: Path, toolchain: Toolchain, kind: SandboxKind, stdin: str) -> Outcome:
     program = step[0]
     found = None if program.startswith("./") else _found(program)
     limits = Limits(
@@ -199,7 +184,10 @@ def _run(step: Sequence[str], folder: Path, toolchain: Toolchain, kind: SandboxK
     )
     argv = [str(found or program), *step[1:]]
     environment = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return run_sandboxed(kind, argv, folder=folder, limits=limits, read_only=_visible(found), environment=environment)
+    visible = _visible(found)
+    return run_sandboxed(
+        kind, argv, folder=folder, limits=limits, stdin=stdin, read_only=visible, environment=environment
+    )
 
 
 def _found(program: str) -> Path | None:
@@ -223,7 +211,7 @@ def _visible(program: Path | None) -> list[Path]:
 
 
 def _verdict(outcome: Outcome) -> Verdict:
-    if outcome.ended in ("wall_time", "cpu_time"):
+    if outcome.ended in ("wall_time", "cpu_time", "idle"):
         return Verdict("timeout", got=f"limit: {outcome.ended}")
     if outcome.ended not in ("exited", "signal"):
         return Verdict("fail", got=f"limit: {outcome.ended}")

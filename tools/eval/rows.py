@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.json_records import Undecodable
+from reflectron.engine.data.sources import read_rows
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and row of every line that is not blank; ``.gz`` files are read as they are.
+
+def read_json_lines(path: Path, *, errors: Undecodable = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and row of every line that is not blank; compressed files and arrays are read as they are.
+
+    Args:
+        errors: what becomes of bytes that are no UTF-8.
 
     Raises:
         ValueError: naming the file and the line that is not a JSON object.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} is {type(row).__name__}, expected an object")
-            yield number, row
+    for record in read_rows(path):
+        try:
+            row = record.decoded(errors)
+        except BadRecord as error:
+            raise ValueError(f"{path}:{record.line} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{record.line} is {type(row).__name__}, expected an object")
+        yield record.line, row
 
 
 def drop_unfinished_row(path: Path) -> None:

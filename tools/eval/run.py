@@ -1,6 +1,6 @@
 """``reflectron eval run``: from a checkpoint to a folder with answers, score and a report page.
 
-``completions.jsonl`` is continued where it was left (``eval generate``); the score is always made anew.
+``completions.jsonl`` is continued where it was left (``eval generate``), and so is ``verdicts.jsonl``.
 """
 
 from __future__ import annotations
@@ -10,16 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from reflectron.tools.eval.generate import add_generation_arguments, generate
+from reflectron.tools.eval.decoding import Unanswered
+from reflectron.tools.eval.generate import add_generation_arguments, generate, stopped
 from reflectron.tools.eval.problems import ProblemFile, find_problems, load_problems
 from reflectron.tools.eval.rows import write_text
-from reflectron.tools.eval.score import (
-    add_scoring_arguments,
-    describe,
-    read_samples,
-    score_samples,
-    scoring_limits,
-)
+from reflectron.tools.eval.samples import read_samples
+from reflectron.tools.eval.score import add_scoring_arguments, describe, score_samples, scoring_limits
 from reflectron.tools.sandbox.process import choose_sandbox
 
 SCORE_FILE = "score.json"
@@ -34,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate, score, report; returns 0 whatever the score is."""
+    """Generate, score, report; returns 0 whatever the score is, and 1 when a server does not answer."""
     from reflectron.tools.eval.report import write_report
 
     kind, limits = choose_sandbox(args.sandbox, args.i_understand), scoring_limits(args)
@@ -42,9 +38,12 @@ def run(args: argparse.Namespace) -> int:
     other = _read_other(args, file)
     problems = load_problems(file.dataset, file.path)[: args.limit]
     completions = out / "completions.jsonl"
-    generate(args, file, completions)
+    try:
+        generate(args, file, completions)
+    except Unanswered as failure:
+        return stopped(failure, completions)
     samples = read_samples(completions, problems, partial=False)
-    result = score_samples(args, file, problems, samples, limits, kind)
+    result = score_samples(args, file, problems, samples, limits, kind, out / "verdicts.jsonl")
     write_text(out / SCORE_FILE, json.dumps({"model": args.model, **result}, indent=2) + "\n")
     print(describe(result))
     print(f"report: {write_report(out, args.model, result, other)}")

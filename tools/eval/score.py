@@ -1,34 +1,44 @@
 """``reflectron eval score``: completions in, pass@k out; of HumanEval+ and MBPP+ as evalplus 0.3.1 counts it.
 
-Nothing is downloaded and nothing of an earlier run is taken for a result: only expected answers are kept, by content.
+Nothing is downloaded. Verdicts are kept as they are made, by all that determines them, and so are expected answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from reflectron.tools.eval.problems import Problem, ProblemFile, add_problem_arguments, find_problems, load_problems
-from reflectron.tools.eval.rows import read_json_lines, write_text
-from reflectron.tools.eval.verdict import SUITES, Verdict
+from reflectron.tools.eval.functions import check_tests, judge_function
+from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, says_how_to_resume, tracked
+from reflectron.tools.eval.problems import (
+    Dataset,
+    Problem,
+    ProblemFile,
+    add_problem_arguments,
+    find_problems,
+    load_problems,
+)
+from reflectron.tools.eval.programs import judge_program, shares_by_group, with_toolchain
+from reflectron.tools.eval.rows import write_text
+from reflectron.tools.eval.samples import Sample, read_samples
+from reflectron.tools.eval.verdict import LONGER_SECONDS, SUITES, Verdict, Verdicts
+from reflectron.tools.eval.verdict_file import VerdictFile, verdict_keys
 from reflectron.tools.sandbox.process import SandboxKind, add_sandbox_arguments, choose_sandbox
 
 if TYPE_CHECKING:
-    from concurrent.futures import ProcessPoolExecutor
-
-    from reflectron.tools.eval.judge import JudgeLimits, Task
-
-T = TypeVar("T")
+    from reflectron.tools.eval.expectations import Task
+    from reflectron.tools.eval.judge import Judge, JudgeLimits
 
 _PASS_AT = (1, 10, 100)
 _SHOWN_FAILURES = 10
+# A test of one's own calls its function about that often.
+_CALLS_FACTOR = 10
 
 
 class Score(TypedDict):
@@ -47,16 +57,8 @@ class Score(TypedDict):
     """Samples of each task, by suite."""
     failed: list[dict[str, Any]]
     """Every sample that does not pass plus, with its first failing input."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One program for a task."""
-
-    task_id: str
-    number: int
-    """Among those of its task, in the file's order."""
-    code: str
+    at_limit: list[dict[str, Any]]
+    """Samples whose verdict hangs on the limit of CPU time: status by suite, and as it is with ten seconds an input."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +74,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``eval score`` and ``eval run`` have in common."""
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="samples at once; 0: cores and memory say")
     parser.add_argument(
-        "--min-time-limit", type=float, default=10.0, metavar="S", help="CPU seconds an input has at least (10)"
+        "--min-time-limit", type=float, default=1.0, metavar="S", help="CPU seconds an input has at least (1)"
     )
     parser.add_argument("--javatuples", metavar="JAR", help="javatuples-1.2.jar, for MultiPL-E's Java problems")
     add_sandbox_arguments(parser)
@@ -84,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     file = find_problems(args.dataset, args.data)
     problems = load_problems(file.dataset, file.path)
     samples = read_samples(Path(args.completions), problems, partial=args.partial)
-    result = score_samples(args, file, problems, samples, limits, kind)
+    # Beside what is asked for, whatever the folder of the completions allows.
+    beside = Path(args.json or args.completions.removesuffix(".gz"))
+    result = score_samples(args, file, problems, samples, limits, kind, beside.with_suffix(".verdicts.jsonl"))
     print(describe(result))
     if args.json:
         write_text(Path(args.json), json.dumps(result, indent=2) + "\n")
@@ -106,35 +110,6 @@ def scoring_limits(args: argparse.Namespace) -> JudgeLimits:
     return JudgeLimits(input_seconds=args.min_time_limit)
 
 
-def read_samples(path: Path, problems: Sequence[Problem], *, partial: bool) -> list[Sample]:
-    """Completions as evalplus reads them: a ``solution`` is a program, a ``completion`` follows the prompt.
-
-    Raises:
-        ValueError: naming the line that is no completion, or how many tasks have none (unless ``partial``).
-    """
-    prompts = {problem.task_id: problem.prompt for problem in problems}
-    counts: dict[str, int] = {}
-    samples = []
-    for number, row in read_json_lines(path):
-        task_id = row.get("task_id")
-        if task_id not in prompts:
-            raise ValueError(f"{path}:{number} has task_id {task_id!r}, which the data set does not have")
-        code = row.get("solution")
-        if code is None and isinstance(row.get("completion"), str):
-            code = prompts[task_id] + row["completion"]
-        if not isinstance(code, str):
-            raise ValueError(f"{path}:{number} has neither a text 'solution' nor a text 'completion'")
-        samples.append(Sample(task_id, counts.setdefault(task_id, 0), code))
-        counts[task_id] += 1
-    missing = [task_id for task_id in prompts if task_id not in counts]
-    if missing and not (partial and samples):
-        raise ValueError(
-            f"{path} has no completion for {len(missing)} of {len(prompts)} tasks, such as {missing[0]}; "
-            "--partial scores the others"
-        )
-    return samples
-
-
 def score_samples(
     args: argparse.Namespace,
     file: ProblemFile,
@@ -142,52 +117,78 @@ def score_samples(
     samples: Sequence[Sample],
     limits: JudgeLimits,
     kind: SandboxKind,
+    verdicts: Path,
 ) -> Score:
     """Judge every sample as its data set asks for; ``args`` are those of ``add_scoring_arguments``.
 
-    Raises:
-        ValueError: when no toolchain for the samples is installed.
-    """
-    if file.dataset in ("humaneval", "mbpp"):
-        return score(file.dataset, problems, samples, limits, kind, args.workers)
-    from reflectron.tools.eval.programs import ProgramLimits, score_programs
+    Args:
+        verdicts: the file that keeps them; those that are there already are not made again.
 
+    Raises:
+        ValueError: when no toolchain for the samples is installed, or a problem's own test cannot work.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
+    """
+    workers = affordable_workers(args.workers, limits.memory_bytes)
     java_classes = Path(args.javatuples) if args.javatuples else None
     if java_classes is not None and not java_classes.is_file():
         raise ValueError(f"{java_classes} is not a file (--javatuples)")
-    program_limits = ProgramLimits(check_seconds=limits.input_seconds, java_classes=java_classes)
-    return score_programs(file, problems, samples, program_limits, kind, args.workers)
+    if file.dataset == "multipl-e":
+        samples = with_toolchain(problems, samples)
+    with VerdictFile(verdicts) as kept:
+        keys = verdict_keys(file.dataset, problems, samples, limits, kind, args.javatuples)
+        unjudged = {sample.task_id for sample, key in zip(samples, keys, strict=True) if key not in kept.verdicts}
+        wanted = [problem for problem in problems if problem.task_id in unjudged]
+        suites = len(SUITES) if file.dataset in ("humaneval", "mbpp") else 1
+        with (
+            says_how_to_resume(keys, kept),
+            _judge_of(file.dataset, wanted, limits, kind, java_classes, workers) as judge,
+        ):
+            found = judge_samples(samples, keys, judge, kept, suites=suites, workers=workers, kind=kind)
+    for group, share in shares_by_group(file.dataset, problems, samples, found).items():
+        print(f"{group:<12} {100 * share:.1f}")
+    return summarize(file.name, samples, found)
 
 
-def score(
-    dataset: Literal["humaneval", "mbpp"],
+@contextlib.contextmanager
+def _judge_of(
+    dataset: Dataset,
     problems: Sequence[Problem],
-    samples: Sequence[Sample],
     limits: JudgeLimits,
     kind: SandboxKind,
-    workers: int = 0,
-) -> Score:
-    """Judge every sample, each in a sandbox of its own.
+    java_classes: Path | None,
+    workers: int,
+) -> Iterator[Callable[[Sample], Verdicts]]:
+    """What judges one sample of ``problems``, after what all samples of a problem need has been made or checked."""
+    by_id = {problem.task_id: problem for problem in problems}
+    if dataset == "humaneval" or dataset == "mbpp":
+        from reflectron.tools.eval.judge import Judge
 
-    Args:
-        workers: samples judged at once; 0 takes a core each, as far as memory allows what each may use.
-    """
-    wanted = {sample.task_id for sample in samples}
-    tasks = {problem.task_id: make_task(dataset, problem) for problem in problems if problem.task_id in wanted}
-    jobs = [(tasks[sample.task_id], sample.code, limits, kind) for sample in samples]
-    expected = [(task, kind) for task in tasks.values()]
-    with worker_pool(workers, limits.memory_bytes) as pool:
-        # Before any sample, or the samples of one task would all make them.
-        list(tracked(pool.map(_prepare, expected), len(expected), "expected answers"))
-        verdicts = list(tracked(pool.map(_judge, jobs), len(jobs), "judging"))
-    return summarize(dataset, samples, verdicts)
+        with Judge(limits, kind, expectations_folder()) as judge:
+            yield _evalplus_judge(judge, dataset, problems, workers)
+    elif dataset == "functions":
+        check_tests(problems, kind, workers)
+        seconds = _CALLS_FACTOR * limits.input_seconds
+        yield lambda sample: (judge_function(by_id[sample.task_id], sample.code, seconds, kind),)
+    else:
+        yield lambda sample: (judge_program(by_id[sample.task_id], sample.code, kind, java_classes),)
+
+
+def _evalplus_judge(
+    judge: Judge, dataset: Literal["humaneval", "mbpp"], problems: Sequence[Problem], workers: int
+) -> Callable[[Sample], Verdicts]:
+    tasks = {problem.task_id: make_task(dataset, problem) for problem in problems}
+    # Before any sample, or the samples of one task would all wait for them.
+    with contextlib.closing(in_threads(judge.prepare, tasks.values(), workers)) as made:
+        for _ in tracked(made, len(tasks), "expected answers"):
+            pass
+    return lambda sample: judge.judge(tasks[sample.task_id], sample.code)
 
 
 def make_task(dataset: Literal["humaneval", "mbpp"], problem: Problem) -> Task:
     """A published row as what its function is called with."""
     from evalplus.data.mbpp import mbpp_deserialize_inputs
 
-    from reflectron.tools.eval.judge import Task
+    from reflectron.tools.eval.expectations import Task
 
     base, plus = problem.record["base_input"], problem.record["plus_input"]
     if dataset == "mbpp":
@@ -230,6 +231,11 @@ def summarize(dataset: str, samples: Sequence[Sample], verdicts: Sequence[Sequen
         n_passed={suite: sum(good) for suite, good in counts.items()},
         passed=passed,
         failed=failed,
+        at_limit=[
+            _at_limit(sample, dict(zip(suites, outcomes, strict=True)))
+            for sample, outcomes in zip(samples, verdicts, strict=True)
+            if any(verdict.longer for verdict in outcomes)
+        ],
     )
 
 
@@ -246,6 +252,7 @@ def describe(result: Score) -> str:
         lines.append(f"  {failure['task_id']} ({failure['suite']} {failure[failure['suite']]})  {shown}")
     if (more := len(result["failed"]) - _SHOWN_FAILURES) > 0:
         lines.append(f"  and {more} more in the JSON file")
+    lines += _describe_at_limit(result["at_limit"])
     return "\n".join(lines)
 
 
@@ -254,6 +261,27 @@ def suite_name(dataset: str, suite: str) -> str:
     names = {"humaneval": "HumanEval", "mbpp": "MBPP", "multipl-e": "MultiPL-E", "ds1000": "DS-1000"}
     name = names.get(dataset, dataset)
     return f"{name}+" if suite == "plus" else name
+
+
+def _describe_at_limit(found: Sequence[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    lines = [f"{len(found)} samples hang on the limit of CPU time; with {LONGER_SECONDS:g} s an input:"]
+    for row in found[:_SHOWN_FAILURES]:
+        changes = (f"{suite} {row[suite]}, then {status}" for suite, status in row["longer"].items())
+        lines.append(f"  {row['task_id']} sample {row['sample']}  {'  '.join(changes)}")
+    if (more := len(found) - _SHOWN_FAILURES) > 0:
+        lines.append(f"  and {more} more in the JSON file")
+    return lines
+
+
+def _at_limit(sample: Sample, verdicts: dict[str, Verdict]) -> dict[str, Any]:
+    return {
+        "task_id": sample.task_id,
+        "sample": sample.number,
+        **{suite: verdict.status for suite, verdict in verdicts.items()},
+        "longer": {suite: verdict.longer for suite, verdict in verdicts.items() if verdict.longer},
+    }
 
 
 def _failure(sample: Sample, verdicts: dict[str, Verdict], suite: str) -> dict[str, Any]:
@@ -272,40 +300,3 @@ def _failure(sample: Sample, verdicts: dict[str, Verdict], suite: str) -> dict[s
 def expectations_folder() -> Path:
     """Where expected answers are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reflectron" / "eval"
-
-
-def _prepare(job: tuple[Task, SandboxKind]) -> None:
-    from reflectron.tools.eval.judge import cached_expectation
-
-    task, kind = job
-    cached_expectation(task, expectations_folder(), kind)
-
-
-def _judge(job: tuple[Task, str, JudgeLimits, SandboxKind]) -> tuple[Verdict, Verdict]:
-    from reflectron.tools.eval.judge import cached_expectation, judge_sample
-
-    task, code, limits, kind = job
-    return judge_sample(task, code, cached_expectation(task, expectations_folder(), kind), limits, kind)
-
-
-def worker_pool(workers: int, memory_bytes: int) -> ProcessPoolExecutor:
-    """Processes that judge.
-
-    Args:
-        workers: how many; 0 is a core each, as far as the free memory has ``memory_bytes`` for each.
-    """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    import psutil
-
-    affordable = min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // memory_bytes)
-    # Fresh processes: judges are forked from them, and must inherit neither threads nor a model.
-    return ProcessPoolExecutor(workers or max(affordable, 1), mp_context=multiprocessing.get_context("spawn"))
-
-
-def tracked(results: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """``results``, with a progress bar on a terminal."""
-    from rich.progress import track
-
-    return track(results, description=what, total=total, disable=not sys.stderr.isatty(), transient=True)

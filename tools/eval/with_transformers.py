@@ -46,10 +46,10 @@ class TransformersBackend:
 
     def __init__(self, model: str, *, dtype: str = "auto", bos: bool = False) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
         self.model = loaded.to(self.device, getattr(torch, dtype)).eval()
         self.bos_id = bos_id(self.tokenizer) if bos else None
         self.eos_ids = self._eos_ids()

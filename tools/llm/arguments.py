@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from reflectron.engine.text import one_line, printable
 
 if TYPE_CHECKING:
     from reflectron.tools.llm.client import LlmClient
@@ -43,7 +46,7 @@ def add_client_arguments(parser: argparse.ArgumentParser, *, temperature: float)
     budget.add_argument("--tokenizer", metavar="PATH", help="counts tokens where the server does not; else estimated")
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, extra: str = "data") -> None:
     """Find out that a package is missing before anything is read or written.
 
     Raises:
@@ -51,7 +54,7 @@ def require(*modules: str) -> None:
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"the package {module} is not installed: pip install 'reflectron[data]'")
+            raise ValueError(f"the package {module} is not installed: pip install 'reflectron[{extra}]'")
 
 
 def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient:
@@ -64,8 +67,10 @@ def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient
     from reflectron.tools.llm.budget import Limits
     from reflectron.tools.llm.client import LlmClient, Retries
     from reflectron.tools.llm.request import Sampling
-    from reflectron.tools.llm.transport import Endpoint
+    from reflectron.tools.llm.transport import NO_KEY, Endpoint
 
+    if not 0 < args.timeout < math.inf:
+        raise ValueError(f"--timeout is {args.timeout}, expected more than 0 seconds")
     if args.concurrency < 1:
         raise ValueError(f"--concurrency is {args.concurrency}, expected at least 1")
     sampling = Sampling(
@@ -73,7 +78,7 @@ def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient
         top_p=args.top_p,
         max_tokens=args.max_tokens,
         seed=args.seed,
-        extra_body=_extra_body(args.extra_body),
+        extra_body=json_object("--extra-body", args.extra_body),
     )
     limits = Limits(
         max_total_tokens=args.max_total_tokens,
@@ -88,17 +93,25 @@ def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient
 
         tokenizer = load_tokenizer(args.tokenizer, "reflection")
         count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-    # Servers of one's own ask for no key, but the library insists on one.
-    key = os.environ.get(args.api_key_env) or "none"
+    key = os.environ.get(args.api_key_env) or NO_KEY
     endpoint = Endpoint(args.endpoint, args.model, key, args.timeout, args.concurrency)
     return LlmClient(folder, endpoint, sampling, limits=limits, retries=retries, stop=stop, count=count)
 
 
-def _extra_body(text: str) -> dict[str, Any]:
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """The value of an argument that is a JSON object.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--extra-body is {text!r}, expected a JSON object ({error})") from None
+        value = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is {printable(text)}, expected a JSON object ({one_line(error)})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"--extra-body is {text!r}, expected a JSON object")
+        raise ValueError(f"{name} is {printable(text)}, expected a JSON object")
     return value
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")

@@ -1,17 +1,20 @@
 """Tokens and money: each attempt's usage comes in, what is spent and whether more may be spent goes out.
 
 A server that reports no usage has its tokens counted by a tokenizer, or estimated; where a number came from is kept
-with it.
+with it. An attempt that failed counts with what the model may have written for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 _BYTES_PER_TOKEN = 3.5
 """Of an estimate: code and English have about 3 to 4 bytes a token with today's vocabularies."""
+_LONGEST_COUNTED = 1_000_000
+"""Characters; a tokenizer would hold up all other requests for longer."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in (("--price-input", self.price_input), ("--price-output", self.price_output)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}, expected 0 or more")
+            if not 0 <= value < 1e9:
+                raise ValueError(f"{name} is {value}, expected 0 or more, in a currency of a million tokens' price")
+        for name, limit in (("--max-total-tokens", self.max_total_tokens), ("--max-cost", self.max_cost)):
+            if limit is not None and not 0 <= limit < math.inf:
+                raise ValueError(f"{name} is {limit}, expected 0 or more")
         if self.max_cost is not None and not (self.price_input or self.price_output):
             raise ValueError("--max-cost needs --price-input and --price-output, per million tokens")
 
@@ -72,20 +78,25 @@ class Budget:
 
 
 def count_usage(
-    reported: tuple[int, int] | None, prompt: str, completion: str, count: Callable[[str], int] | None
+    reported: tuple[int, int] | None, prompt: str, completion: str | int, count: Callable[[str], int] | None
 ) -> Usage:
     """Usage of an attempt.
 
     Args:
         reported: prompt and completion tokens as the server says.
+        completion: what was written, or the number of tokens that may have been.
         count: tokens of a text, where a tokenizer is at hand.
     """
     if reported is not None:
         return Usage(*reported, "server")
-    if count is not None:
-        return Usage(count(prompt), count(completion), "tokenizer")
-    return Usage(_estimate(prompt), _estimate(completion), "estimate")
+    if isinstance(completion, int):
+        return Usage(count(prompt) if count is not None else estimated_tokens(prompt), completion, "estimate")
+    if count is not None and len(completion) <= _LONGEST_COUNTED:
+        # No tokenizer takes half of a surrogate pair.
+        return Usage(count(prompt), count(completion.encode(errors="replace").decode()), "tokenizer")
+    return Usage(estimated_tokens(prompt), estimated_tokens(completion), "estimate")
 
 
-def _estimate(text: str) -> int:
-    return round(len(text.encode(errors="replace")) / _BYTES_PER_TOKEN)
+def estimated_tokens(text: str | int) -> int:
+    """Tokens of a text, or of so many bytes of text."""
+    return round((text if isinstance(text, int) else len(text.encode(errors="replace"))) / _BYTES_PER_TOKEN)

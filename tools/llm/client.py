@@ -7,25 +7,28 @@ another attempt may help, and are recorded like the others.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tenacity
 
-from reflectron.tools.llm.budget import Budget, Limits, Usage, count_usage
+from reflectron.engine.text import one_line
+from reflectron.tools.llm.budget import Budget, Limits, Usage, count_usage, estimated_tokens
 from reflectron.tools.llm.journal import Journal
+from reflectron.tools.llm.reply import REFUSED, RETRIED, AttemptFailed, FailureKind, Reply, believable
 from reflectron.tools.llm.request import Request, Sampling, seed_of
-from reflectron.tools.llm.transport import RETRIED, AttemptFailed, Endpoint, Reply
-from reflectron.tools.llm.work import Stop
+from reflectron.tools.llm.transport import Endpoint
+from reflectron.tools.llm.work import ATTEMPTS, Stop
 
-ATTEMPTS = "attempts.jsonl"
 _ANSWERED = {"stop": "ok", None: "ok", "length": "truncated", "content_filter": "filtered"}
-_LONGEST_PAUSE_S = 60.0
-_LONGEST_RETRY_AFTER_S = 600.0
+_LONGEST_PAUSE = 60.0
+_LONGEST_RETRY_AFTER = 600.0
+"""Both as multiples of the first pause."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,39 @@ class Retries:
     attempts: int = 5
     """Most attempts of a request in one run."""
     first_pause: float = 1.0
-    """Seconds before the second attempt; doubled each time, with jitter, up to a minute."""
+    """Seconds before the second attempt; doubled each time, with jitter, up to 60 times this. A server's
+    ``Retry-After`` is waited for up to 600 times this."""
     failures_in_a_row: int = 10
     """Requests that fail one after the other before the run stops: the server is down."""
+    refusals_in_a_row: int = 3
+    """Requests that are refused one after the other before the run ends: the key or the address is wrong."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ValueError(f"--attempts is {self.attempts}, expected at least 1")
+        if not 0 <= self.first_pause < math.inf:
+            raise ValueError(f"--retry-pause is {self.first_pause}, expected 0 or more seconds")
+
+
+def retrying(
+    retries: Retries, kinds: Collection[FailureKind], sleep: Callable[[float], Awaitable[None]]
+) -> tenacity.AsyncRetrying:
+    """Calls a function again while it fails with one of ``kinds``, after pauses that grow or the server asks for."""
+    first = retries.first_pause
+    growing = tenacity.wait_random_exponential(first, _LONGEST_PAUSE * first)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        failure = state.outcome.exception() if state.outcome else None
+        asked = failure.retry_after if isinstance(failure, AttemptFailed) else None
+        return growing(state) + (0.0 if asked is None else min(asked, _LONGEST_RETRY_AFTER * first))
+
+    return tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(retries.attempts),
+        wait=pause,
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, AttemptFailed) and e.kind in kinds),
+        sleep=sleep,
+        reraise=True,
+    )
 
 
 class LlmClient:
@@ -94,9 +123,16 @@ class LlmClient:
         self._answers: dict[str, int] = {}
         self._failed_attempts: Counter[str] = Counter()
         self._useless_answers: Counter[str] = Counter()
-        self._failures_in_a_row = 0
+        self._failures_in_a_row = self._refusals_in_a_row = 0
+        self._answered_now = False
         for offset, record in self.journal.records():
-            self._take_note(record, offset)
+            try:
+                self._take_note(record, offset)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.journal.path}: the line at byte {offset} is no attempt ({one_line(error)}), expected a "
+                    "file that this command wrote; restore it or choose another --out"
+                ) from None
 
     async def ask(self, request: Request) -> Answer:
         """The answer to a request, from the journal or from the model.
@@ -104,36 +140,32 @@ class LlmClient:
         Raises:
             RequestFailed: when there is none.
             Stopped: when it is not in the journal and the run is to end.
-            ValueError: when the endpoint refuses the key, the model or the account.
+            ValueError: when the endpoint has refused one request after the other.
         """
         key = request.key(self.endpoint.model, self.sampling)
         if key in self._answers:
             return _answer(self.journal.read(self._answers[key]))
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self.retries.attempts),
-            wait=self._pause,
-            retry=tenacity.retry_if_exception(lambda e: isinstance(e, AttemptFailed) and e.kind in RETRIED),
-            sleep=self.stop.sleep,
-            reraise=True,
-        )
         try:
-            answer: Answer = await retrying(self._attempt, key, request)
+            answer: Answer = await retrying(self.retries, RETRIED, self.stop.sleep)(self._attempt, key, request)
         except AttemptFailed as failure:
             self._give_up(failure)
             raise RequestFailed(failure) from failure
-        self._failures_in_a_row = 0
+        self._failures_in_a_row = self._refusals_in_a_row = 0
+        self._answered_now = True
         return answer
 
-    def _pause(self, state: tenacity.RetryCallState) -> float:
-        pause = tenacity.wait_random_exponential(self.retries.first_pause, _LONGEST_PAUSE_S)(state)
-        failure = state.outcome.exception() if state.outcome else None
-        asked = failure.retry_after if isinstance(failure, AttemptFailed) else None
-        return pause if asked is None else min(asked, _LONGEST_RETRY_AFTER_S) + pause
-
     def _give_up(self, failure: AttemptFailed) -> None:
-        if failure.kind == "not authorised":
-            raise ValueError(f"the endpoint refuses --model {self.endpoint.model} or its key: {failure}") from failure
-        if failure.kind == "bad request":
+        """Whether the server fails all requests: then none of the others need be tried."""
+        if failure.kind in REFUSED:
+            self._refusals_in_a_row += 1
+            if self._refusals_in_a_row >= self.retries.refusals_in_a_row:
+                raise ValueError(
+                    f"the endpoint refused {self._refusals_in_a_row} requests in a row, expected --endpoint, --model "
+                    f"and a key (--api-key-env) that it accepts; the last with {failure}"
+                ) from None
+            return
+        # A problem may be too long for a model that answers the others.
+        if failure.kind == "bad request" and self._answered_now:
             return
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self.retries.failures_in_a_row:
@@ -163,23 +195,40 @@ class LlmClient:
             reply = await self.endpoint.attempt(request, self.sampling, seed)
         except AttemptFailed as failure:
             record |= {"seconds": _since(began), "outcome": failure.kind, "error": str(failure)}
-            await self._record(record)
+            await self._record(record | self._spent(request, failure.usage, self._may_have_written(failure)))
             raise
         record |= {"seconds": _since(began), **self._answered(request, reply)}
         await self._record(record)
         return _answer(record)
 
     def _answered(self, request: Request, reply: Reply) -> dict[str, Any]:
-        prompt = request.input if isinstance(request.input, str) else "\n".join(m["content"] for m in request.input)
-        usage = count_usage(reply.usage, prompt, reply.text, self.count)
         return {
             "outcome": _ANSWERED.get(reply.finish_reason, "ok"),
             "finish_reason": reply.finish_reason,
             "text": reply.text,
-            "usage": asdict(usage),
-            "cost": self.budget.limits.cost(usage),
             "fingerprint": reply.fingerprint,
+            **self._spent(request, reply.usage, reply.text),
         }
+
+    def _spent(self, request: Request, reported: tuple[int, int] | None, written: str | int | None) -> dict[str, Any]:
+        """Usage and cost.
+
+        Args:
+            written: the answer, or how many tokens it may have had; None when the model was not reached.
+        """
+        prompt = request.input if isinstance(request.input, str) else "\n".join(m["content"] for m in request.input)
+        if reported is None and written is None:
+            usage = Usage(0, 0, "estimate")
+        else:
+            usage = count_usage(reported, prompt, written or 0, self.count)
+        return {"usage": asdict(usage), "cost": self.budget.limits.cost(usage)}
+
+    def _may_have_written(self, failure: AttemptFailed) -> int | None:
+        """Tokens that a failed attempt may be billed for; None when the model was not reached."""
+        most = self.sampling.most_tokens
+        if not failure.reached:
+            return None
+        return most if failure.received is None else min(estimated_tokens(failure.received), most)
 
     async def _record(self, record: dict[str, Any]) -> None:
         self._take_note(record, await self.journal.append(record))
@@ -187,14 +236,18 @@ class LlmClient:
     def _take_note(self, record: dict[str, Any], offset: int) -> None:
         key = record["key"]
         self.outcomes[record["stage"], record["outcome"]] += 1
+        # Attempts that failed had no usage in files of earlier versions.
+        if (found := record.get("usage")) is not None:
+            usage = Usage(**found)
+            if believable(usage.prompt_tokens) is None or believable(usage.completion_tokens) is None:
+                raise ValueError(f"usage is {found}")
+            self.usage_sources[usage.source] += 1
+            self.budget.add(usage)
         if "text" not in record:
             self._failed_attempts[key] += 1
             self._useless_answers[key] += record["outcome"] == "empty"
             return
         self._answers[key] = offset
-        usage = Usage(**record["usage"])
-        self.usage_sources[usage.source] += 1
-        self.budget.add(usage)
 
     async def close(self) -> None:
         """Close the connections and the journal."""

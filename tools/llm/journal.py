@@ -7,13 +7,14 @@ every whole line is kept for good.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from reflectron.engine.job_lock import take_lock
 
 Record = dict[str, Any]
 
@@ -32,12 +33,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = take_lock(path.with_name(f"{path.name}.lock"), f"journal {path}")
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise ValueError(f"{path} is being written by another process, expected one at a time") from None
         self.size = _whole_lines(self._descriptor)
         self.cut_bytes = os.fstat(self._descriptor).st_size - self.size
         """Bytes of an unfinished last line that were cut off."""
@@ -56,7 +53,7 @@ class Journal:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
                 if not isinstance(record, dict):
                     raise ValueError(f"{self.path}, line {number} is not a JSON object; restore or remove the line")
@@ -76,15 +73,20 @@ class Journal:
             Its offset.
         """
         # ASCII: an answer may hold lone surrogates, which have no UTF-8.
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         written = asyncio.get_running_loop().run_in_executor(self._writer, self._write, line)
         return await asyncio.shield(written)
 
     def _write(self, line: bytes) -> int:
         offset, rest = self.size, memoryview(line)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
-        os.fdatasync(self._descriptor)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            # On a full disk: the next record must not stand behind half a one.
+            os.ftruncate(self._descriptor, offset)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.size += len(line)
         return offset
 
@@ -92,6 +94,7 @@ class Journal:
         """Finish what is being written."""
         self._writer.shutdown()
         os.close(self._descriptor)
+        self._lock.release()
 
     def __enter__(self) -> Journal:
         return self

@@ -8,6 +8,8 @@ from collections import Counter
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from reflectron.engine.terminal import console
+
 if TYPE_CHECKING:
     from reflectron.tools.llm.client import LlmClient
 
@@ -23,19 +25,21 @@ class Progress:
     """
 
     def __init__(self, client: LlmClient, total: int | None, done: int = 0) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.client, self.total, self.before, self.done = client, total, done, done
         self.results: Counter[str] = Counter()
-        self.console = Console(markup=False, highlight=False, stderr=True)
+        self.console = console(stderr=True)
         self.bar = Progress(
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.console,
+            # What others print meanwhile must not be read for escape sequences.
+            redirect_stdout=False,
+            redirect_stderr=False,
             disable=not sys.stderr.isatty(),
         )
         self.task = self.bar.add_task("", total=total, completed=done)

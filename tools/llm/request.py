@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -57,12 +58,18 @@ class Sampling:
     one out that is sent otherwise."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature is {self.temperature}, expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p is {self.top_p}, expected above 0 and at most 1")
         if self.max_tokens < 1:
             raise ValueError(f"--max-tokens is {self.max_tokens}, expected at least 1")
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens that an answer may have, under whichever name the server is told."""
+        named = [self.extra_body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+        return max((n for n in named if isinstance(n, int) and 0 < n < 1 << 30), default=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,51 +1,41 @@
 """One attempt over HTTP: a request goes out, a reply comes back or a failure that has a name.
 
-The body is read here and not by the library's models: a server may leave out any field, and whatever it sends is
-classified, never raised as something unforeseen.
+Whatever the server does is classified, never raised as something unforeseen. Only the exchange itself, which is the
+library's work, stands behind a boundary that catches every exception: a fault of ours before or behind it surfaces.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
+import base64
+import http.cookiejar
 import json
-import time
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from reflectron.engine.text import one_line, printable
+from reflectron.tools.llm.reply import AttemptFailed, Received, Reply, read_reply
 from reflectron.tools.llm.request import Request, Sampling
+from reflectron.tools.llm.secrets import Secrets, secrets_of_url, shown_url
 
-FailureKind = Literal[
-    "timeout", "connection", "rate limited", "server error", "bad json", "empty", "bad request", "not authorised"
-]
-
-RETRIED: frozenset[FailureKind] = frozenset(
-    {"timeout", "connection", "rate limited", "server error", "bad json", "empty"}
-)
-"""The next attempt may go well. ``bad request`` fails its problem, ``not authorised`` ends the run."""
+NO_KEY = "none"
+"""Sent as the key to servers that ask for none."""
+MOST_BYTES = 16 << 20
+"""Of a reply's body, both as it travels and decompressed."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What the server answered; None for what it left out."""
+@dataclass
+class _Sent:
+    """How far an exchange came."""
 
-    text: str
-    finish_reason: str | None
-    usage: tuple[int, int] | None
-    """Prompt and completion tokens."""
-    fingerprint: str | None
+    begun: bool = False
+    """The request, or a part of it, has left: the model may have written something."""
 
-
-class AttemptFailed(Exception):
-    """An attempt that gave no answer."""
-
-    def __init__(self, kind: FailureKind, message: str, retry_after: float | None = None) -> None:
-        super().__init__(f"{kind}: {message}")
-        self.kind: FailureKind = kind
-        self.retry_after = retry_after
-        """Seconds that the server asks to wait."""
+    async def note(self, event: str, info: Mapping[str, Any]) -> None:
+        """Called by the library before and after each of its steps."""
+        self.begun = self.begun or "send_request_headers" in event
 
 
 class Endpoint:
@@ -53,16 +43,31 @@ class Endpoint:
 
     Args:
         base_url: up to and with ``/v1``.
+        api_key: ``NO_KEY`` where there is none.
         timeout: longest attempt in seconds, from sending to the last byte.
         connections: most requests at a time.
+
+    Raises:
+        ValueError: when no request could be sent with these.
     """
 
     def __init__(self, base_url: str, model: str, api_key: str, timeout: float, connections: int) -> None:
         import openai
 
         self.model, self.timeout = model, timeout
-        # Retries are the client's, which records each attempt; the limit below holds for the attempt as a whole.
-        self._client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=timeout)
+        self._base = _checked_url(base_url)
+        self.secrets = Secrets([*([] if api_key == NO_KEY else [api_key]), *secrets_of_url(base_url)])
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        # A connection serves one request: an idle one may be closed just when the next leaves, which nobody could tell
+        # from a request that was lost after it was paid for. Only what decompresses within a limit is asked for.
+        self._headers |= {"Accept-Encoding": "gzip, deflate", "Authorization": _authorization(self._base, api_key)}
+        # openai's own class: the HTTP library beneath is httpx in some of its versions and httpx2 in others. Redirects
+        # are not followed, because the key and the prompt would follow; a server's cookies are not kept.
+        self._http: Any = openai.DefaultAsyncHttpxClient(
+            follow_redirects=False,
+            timeout=None,
+            cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
+        )
         self._room = asyncio.Semaphore(connections)
 
     async def attempt(self, request: Request, sampling: Sampling, seed: int) -> Reply:
@@ -71,30 +76,70 @@ class Endpoint:
         Raises:
             AttemptFailed: when there is no answer.
         """
+        body = json.dumps(_arguments(request, sampling, seed) | {"model": self.model}).encode()
+        sent = _Sent()
+        path = "/chat/completions" if request.protocol == "chat" else "/completions"
+        message = self._http.build_request(
+            "POST", self._url(path), content=body, headers=self._headers, extensions={"trace": sent.note}
+        )
         async with self._room:
-            body = await self._body(_arguments(request, sampling, seed) | {"model": self.model}, request.protocol)
-        return _reply(body, request.protocol)
+            received = await self._exchange(message, sent)
+        return read_reply(received, request.protocol, MOST_BYTES, self.secrets)
 
-    async def _body(self, arguments: dict[str, Any], protocol: str) -> str:
-        import openai
+    def _url(self, path: str) -> str:
+        base = self._base
+        host = base.netloc.rpartition("@")[2]
+        return urllib.parse.urlunsplit((base.scheme, host, base.path.rstrip("/") + path, base.query, ""))
 
-        interface = self._client.chat.completions if protocol == "chat" else self._client.completions
-        # The library's own time limit is between two bytes.
+    async def _exchange(self, message: Any, sent: _Sent) -> Received:
+        """The boundary: whatever the library raises between the first byte and the last is the server's failure."""
         try:
-            response = await asyncio.wait_for(interface.with_raw_response.create(**arguments), self.timeout)
-            return response.text
-        except (asyncio.TimeoutError, openai.APITimeoutError):
-            raise AttemptFailed("timeout", f"no answer within {self.timeout:g} s") from None
-        except openai.APIConnectionError as error:
-            raise AttemptFailed("connection", one_line(error.__cause__ or error)) from None
-        except openai.APIStatusError as error:
-            raise _refused(error.status_code, error.response.headers, error.response.text) from None
-        except UnicodeDecodeError as error:
-            raise AttemptFailed("bad json", one_line(error)) from None
+            return await asyncio.wait_for(self._receive(message), self.timeout)
+        except asyncio.TimeoutError:
+            raise AttemptFailed("timeout", f"no answer within {self.timeout:g} s", reached=sent.begun) from None
+        except Exception as error:
+            text = printable(self.secrets.hide(one_line(error.__cause__ or error)))
+            raise AttemptFailed("connection", text, reached=sent.begun) from None
+
+    async def _receive(self, message: Any) -> Received:
+        response = await self._http.send(message, stream=True)
+        try:
+            body = bytearray()
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    break
+            return Received(response.status_code, dict(response.headers), bytes(body))
+        finally:
+            await response.aclose()
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self._http.aclose()
+
+
+def _checked_url(url: str) -> urllib.parse.SplitResult:
+    expected = "expected http:// or https:// and a host, up to and with /v1"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        # The port is read when asked for.
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        sound = sound and url.isprintable() and " " not in url and (parts.hostname or "").encode("idna") != b""
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ValueError(f"--endpoint is {printable(shown_url(url))}, {expected}")
+    return parts
+
+
+def _authorization(base: urllib.parse.SplitResult, api_key: str) -> str:
+    """Who the address names comes before the key."""
+    if not (api_key.isascii() and api_key.isprintable()) or api_key != api_key.strip():
+        raise ValueError("the API key holds a blank, a line break or a letter beyond ASCII, expected none of them")
+    userinfo = base.netloc.rpartition("@")[0]
+    if not userinfo:
+        return f"Bearer {api_key}"
+    return "Basic " + base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
 
 
 def _arguments(request: Request, sampling: Sampling, seed: int) -> dict[str, Any]:
@@ -112,51 +157,4 @@ def _arguments(request: Request, sampling: Sampling, seed: int) -> dict[str, Any
         asked["messages"] = [dict(message) for message in request.input]
     extra = sampling.extra_body
     kept = {name: value for name, value in asked.items() if name not in extra}
-    return kept | {"extra_body": {name: value for name, value in extra.items() if value is not None}}
-
-
-def _reply(body: str, protocol: str) -> Reply:
-    try:
-        content = json.loads(body)
-        choice = content["choices"][0]
-        text = choice["message"].get("content") if protocol == "chat" else choice["text"]
-        if not isinstance(text, str | None):
-            raise TypeError(f"the answer is {type(text).__name__}, expected a string")
-    # Whatever a broken or cut body meets first.
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise AttemptFailed("bad json", f"{one_line(error)} in {printable(body, 200)!r}") from None
-    finish_reason = choice.get("finish_reason")
-    # A turn that the model ends at once is an answer for who continues a raw prompt.
-    if not (text or "").strip() and (protocol == "chat" or finish_reason != "stop"):
-        raise AttemptFailed("empty", f"no text, finish_reason is {finish_reason!r}")
-    return Reply(text or "", finish_reason, _usage(content.get("usage")), content.get("system_fingerprint"))
-
-
-def _usage(reported: object) -> tuple[int, int] | None:
-    if not isinstance(reported, dict):
-        return None
-    counts = (reported.get("prompt_tokens"), reported.get("completion_tokens"))
-    return counts if all(isinstance(count, int) for count in counts) else None  # type: ignore[return-value]
-
-
-def _refused(status: int, headers: Mapping[str, str], message: str) -> AttemptFailed:
-    text = f"HTTP {status}: {printable(message, 200)}"
-    if status in (401, 403, 404) or "insufficient_quota" in message:
-        return AttemptFailed("not authorised", text)
-    if status == 429:
-        return AttemptFailed("rate limited", text, _retry_after(headers))
-    if status >= 500 or status in (408, 409):
-        return AttemptFailed("server error", text, _retry_after(headers))
-    return AttemptFailed("bad request", text)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, from a number or a date."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        date = email.utils.parsedate_tz(value)
-        return None if date is None else max(email.utils.mktime_tz(date) - time.time(), 0.0)
+    return kept | {name: value for name, value in extra.items() if value is not None}

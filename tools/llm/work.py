@@ -9,8 +9,11 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
+ATTEMPTS = "attempts.jsonl"
+"""The journal of every attempt, in a run's folder."""
 Item = TypeVar("Item")
 
 
@@ -61,6 +64,30 @@ class Stop:
         finally:
             for signum in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(signum)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: its exit code, and one line that says why it is not 0."""
+
+    code: Literal[0, 1]
+    line: str | None
+
+
+def ending(stop: Stop, *, made: int, left: int, unit: str) -> Ending:
+    """Exit code 0 where everything is done and something was made, else 1.
+
+    Args:
+        made: samples that the folder holds now.
+        left: problems or the like that the same command would take up again.
+        unit: what ``left`` counts, in the plural.
+    """
+    if left:
+        why = stop.reason or f"requests failed for the server's sake, see {ATTEMPTS}"
+        return Ending(1, f"stopped: {why}; {left} {unit} left. All that was begun is saved; the same command goes on.")
+    if not made:
+        return Ending(1, f"nothing was made: all {unit} were tried and none gave a sample")
+    return Ending(0, None)
 
 
 async def for_each(

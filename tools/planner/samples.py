@@ -157,7 +157,7 @@ def _student_share(config: Config, rate: float) -> float:
 def samples_of(store: TokenStore, config: Config) -> Samples:
     """The samples of a tokenised training set, their views made as a run makes them."""
     from reflectron.engine.data.masking import visible_tokens
-    from reflectron.engine.data.sampler import SampleRef, mask_generator
+    from reflectron.engine.data.sampler import SampleRef, mask_draws
     from reflectron.engine.data.views import make_views
 
     count = len(store)
@@ -167,8 +167,8 @@ def samples_of(store: TokenStore, config: Config) -> Samples:
         sample = store[index]
         reflection[index] = sample.kind != "generation"
         for phase, (low, high) in enumerate(PHASES):
-            generator = mask_generator(config.seed, SampleRef(0, index, 0))
-            views = make_views(sample, visible_tokens(sample, config.mask, (low + high) / 2, generator))
+            draws = mask_draws(config.seed, SampleRef(0, index, 0))
+            views = make_views(sample, visible_tokens(sample, config.mask, (low + high) / 2, draws))
             student[phase, index], rows[index] = len(views.student_positions), views.logit_rows
             if not reflection[index]:
                 break

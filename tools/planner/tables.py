@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from reflectron.engine.config import Config
+from reflectron.engine.terminal import console
 from reflectron.tools.planner import hardware, memory, samples, speed, traffic
 from reflectron.tools.planner.backends import Backends, planned_backends
 from reflectron.tools.planner.hardware import Cluster
@@ -25,9 +25,9 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(width=220, highlight=False, markup=False)
-    with console.capture() as capture:
-        console.print(table)
+    page = console(width=220)
+    with page.capture() as capture:
+        page.print(table)
     print(capture.get().strip() + "\n")
 
 

@@ -8,7 +8,6 @@ another program's), malformed and foreign messages are dropped, and a cell's tex
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,7 +19,6 @@ from jupyter_client.connect import KernelConnectionInfo
 from reflectron.tools.sandbox.limits import Limits
 
 _READ_BYTES = 1 << 16
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Cell:
@@ -56,7 +54,7 @@ class Cell:
         elif kind in ("execute_result", "display_data"):
             self._show_lines(content["data"].get("text/plain", ""))
         elif kind == "error":
-            self._show_lines(_ANSI.sub("", "\n".join(content["traceback"])))
+            self._show_lines("\n".join(content["traceback"]))
 
     def _show_lines(self, text: str) -> None:
         self._show(("" if not self.text or self.text.endswith("\n") else "\n") + text.rstrip("\n") + "\n")

@@ -24,14 +24,17 @@ from jupyter_client.connect import KernelConnectionInfo
 
 from reflectron.tools.sandbox import wall
 from reflectron.tools.sandbox.channels import Cell, Channels
+from reflectron.tools.sandbox.home import sandbox_folder
 from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind
-from reflectron.tools.sandbox.sandboxed import Sandboxed, sandbox_folder
+from reflectron.tools.sandbox.sandboxed import Sandboxed
+from reflectron.tools.sandbox.terminal import plain
 
 Status = Literal["ok", "error", "died"] | Breach
 
 _CHANNELS = "/kernel"
 _START_SECONDS = 120.0
 _INTERRUPT_SECONDS = 2.0
+_LOOK_SECONDS = 0.5
 # Generous, for a loaded machine: all connections of a kernel that ends are cut at once.
 _CUT_SECONDS, _DEATH_SECONDS = 1.0, 10.0
 _READ_BYTES = 1 << 16
@@ -61,6 +64,7 @@ _REASONS: dict[str, str] = {
     "processes": "it started {0.processes} processes or threads",
     "disk": "it wrote more than {0.folder_bytes} bytes or {0.folder_files} files",
     "output": "it printed more than {0.output_bytes} bytes",
+    "idle": "it was stopped, or slept for longer than {0.cpu_seconds} s",
 }
 
 
@@ -69,7 +73,8 @@ class Execution:
     """What became of one cell."""
 
     text: str
-    """What a notebook shows: stdout and stderr as they came, the value of a last expression, or the traceback."""
+    """What a notebook shows: stdout and stderr as they came, the value of a last expression, or the traceback; of
+    control characters newlines and tabs alone."""
 
     status: Status
     """"error": the code raised; "died": the kernel ended by itself; otherwise the limit that was overstepped."""
@@ -134,7 +139,8 @@ class Kernel:
         if lost:
             self._process.stop(None if ending == "died" else ending)
         status: Status = ending or ("wall_time" if late else cell.status)
-        return Execution(cell.text + self._note(cell, status, lost), status, time.monotonic() - before, lost)
+        text = plain(cell.text)
+        return Execution(text + self._note(text, status, lost), status, time.monotonic() - before, lost)
 
     def _collect(self, cell: Cell, deadline: float) -> Literal["died"] | Breach | None:
         """Fill ``cell`` until it is complete (None), or say why that will not be."""
@@ -142,7 +148,9 @@ class Kernel:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return "wall_time"
-            news = self._channels.receive(cell, self._sandboxed.stdout_fd, remaining)
+            if self._process.stands_still():
+                return "idle"
+            news = self._channels.receive(cell, self._sandboxed.stdout_fd, min(remaining, _LOOK_SECONDS))
             cut = news == "cut"
             if news == "died" or (cut and self._channels.gone(_CUT_SECONDS)):
                 self._process.wait(time.monotonic() + _DEATH_SECONDS)
@@ -166,7 +174,7 @@ class Kernel:
                 raise OSError(f"no Python kernel started in the sandbox (exit code {code}): {stderr.strip()[-1000:]}")
             told += data
 
-    def _note(self, cell: Cell, status: Status, lost: bool) -> str:
+    def _note(self, text: str, status: Status, lost: bool) -> str:
         if status in ("ok", "error"):
             if not lost:
                 return ""
@@ -177,7 +185,7 @@ class Kernel:
         else:
             reason = _REASONS[status].format(self._limits)
         after = "; all variables are lost" if lost else ""
-        line = "" if not cell.text or cell.text.endswith("\n") else "\n"
+        line = "" if not text or text.endswith("\n") else "\n"
         return f"{line}[stopped: {reason}{after}]\n"
 
 

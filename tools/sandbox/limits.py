@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SandboxKind = Literal["bubblewrap", "none"]
-Breach = Literal["wall_time", "cpu_time", "memory", "processes", "disk", "output"]
+Breach = Literal["wall_time", "cpu_time", "memory", "processes", "disk", "output", "idle"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Limits:
     """Time of one command, or of one cell of an interpreter."""
 
     cpu_seconds: int = 10
-    """Processor time, user and system, of one command or cell."""
+    """Processor time, user and system, of one command or cell; also for how long all of it may sleep at a stretch."""
 
     memory_bytes: int = 4 * 2**30
     """Resident memory; also the address space of each process."""

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import get_args
 
 from reflectron.tools.sandbox import wall
+from reflectron.tools.sandbox.home import sandbox_folder
 from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind
-from reflectron.tools.sandbox.sandboxed import Outcome, Sandboxed, sandbox_folder
+from reflectron.tools.sandbox.sandboxed import Outcome, Sandboxed
 
 __all__ = [
     "Breach",

@@ -9,22 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import secrets
 import selectors
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from reflectron.tools.sandbox import wall
+from reflectron.tools.sandbox.home import home, sandbox_folder
 from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind
 from reflectron.tools.sandbox.seccomp import seccomp_program
 from reflectron.tools.sandbox.watch import WatchedProcess
 
 _READ_BYTES = 1 << 16
+_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class Sandboxed:
     ) -> None:
         self._kind, self._limits = kind, limits
         self._status: bytes | None = None
+        self._room = limits.output_bytes
         with contextlib.ExitStack() as on_error, contextlib.ExitStack() as theirs:
             writable = {inside: folder.absolute() for inside, folder in writable.items()}
             writable[wall.SCRATCH] = on_error.enter_context(sandbox_folder())
             self.stdout_fd, stdout = _pipe(on_error, theirs)
-            self._stderr_fd, stderr = _pipe(on_error, theirs)
+            self.stderr_fd, stderr = _pipe(on_error, theirs)
             self._status_fd, status = _pipe(on_error, theirs)
+            self._texts = {self.stdout_fd: bytearray(), self.stderr_fd: bytearray()}
             inherited: list[int] = []
             if kind == "bubblewrap":
                 user = wall.own_user()
@@ -89,8 +93,12 @@ class Sandboxed:
                 )
             else:
                 argv = [*wall.launcher(limits, count_processes=False), *argv]
+            groups = home().groups
+            group = groups.new(secrets.token_hex(8), limits) if groups is not None else None
+            if group is not None:
+                on_error.callback(group.close)
             self.process = WatchedProcess(
-                argv,
+                wall.starter(argv, group.path if group is not None else None),
                 limits=limits,
                 folders=list(writable.values()),
                 environment=wall.environment(kind, writable, environment),
@@ -99,6 +107,8 @@ class Sandboxed:
                 stdout=stdout,
                 stderr=stderr,
                 pass_fds=inherited,
+                walled=kind == "bubblewrap",
+                group=group,
             )
             self._resources = on_error.pop_all()
 
@@ -115,30 +125,60 @@ class Sandboxed:
 
     def communicate(self, deadline: float) -> tuple[str, str]:
         """Stdout and stderr until the program ends or is killed for a limit, ``deadline`` (monotonic) being one."""
-        texts = {self.stdout_fd: bytearray(), self._stderr_fd: bytearray()}
-        room = self._limits.output_bytes
+        self._exchange(deadline, until_line=False)
+        while not self.process.wait(min(deadline, time.monotonic() + _LOOK_SECONDS)):
+            if time.monotonic() >= deadline:
+                self.process.stop("wall_time")
+            elif self.process.stands_still():
+                self.process.stop("idle")
+        stdout, stderr = (bytes(text).decode(errors="replace") for text in self._texts.values())
+        return stdout, stderr
+
+    def ask(self, stdin_fd: int, question: bytes, deadline: float) -> bytes | None:
+        """Write to the program's stdin and read the next line of its stdout; None when it sends none any more.
+
+        Args:
+            stdin_fd: our end of the pipe that is its stdin, without blocking.
+        """
+        self._exchange(deadline, until_line=True, stdin_fd=stdin_fd, question=question)
+        line, end, rest = bytes(self._texts[self.stdout_fd]).partition(b"\n")
+        if not end:
+            return None
+        self._texts[self.stdout_fd] = bytearray(rest)
+        return line
+
+    def _exchange(self, deadline: float, *, until_line: bool, stdin_fd: int = -1, question: bytes = b"") -> None:
+        """Read what the program writes until it closes its ends, or its stdout has a line."""
         with selectors.DefaultSelector() as selector:
-            for descriptor in texts:
+            for descriptor in self._texts:
                 selector.register(descriptor, selectors.EVENT_READ)
+            if question:
+                selector.register(stdin_fd, selectors.EVENT_WRITE)
             while selector.get_map() and time.monotonic() < deadline:
+                if until_line and b"\n" in self._texts[self.stdout_fd]:
+                    return
                 ended = self.process.ended()
+                if self.process.stands_still():
+                    self.process.stop("idle")
                 ready = selector.select(0.05)
                 # Where there is no wall, a process left behind may hold the pipes open.
                 if ended and not ready:
-                    break
+                    return
                 for key, _ in ready:
-                    data = os.read(key.fd, _READ_BYTES)
-                    if not data:
+                    if key.fd == stdin_fd:
+                        question = _write_some(stdin_fd, question)
+                    if (key.fd == stdin_fd and not question) or (key.fd != stdin_fd and not self._read(key.fd)):
                         selector.unregister(key.fd)
-                    texts[key.fd] += data[:room]
-                    room -= len(data)
-                if room < 0:
+                if self._room < 0:
                     self.process.stop("output")
-                    break
-        if not self.process.wait(deadline):
-            self.process.stop("wall_time")
-        stdout, stderr = (bytes(text).decode(errors="replace") for text in texts.values())
-        return stdout, stderr
+                    return
+
+    def _read(self, descriptor: int) -> int:
+        """Bytes read, of which no more are kept than there is room for; 0 at the end."""
+        data = os.read(descriptor, _READ_BYTES)
+        self._texts[descriptor] += data[: max(0, self._room)]
+        self._room -= len(data)
+        return len(data)
 
     def outcome(self, stdout: str, stderr: str, seconds: float) -> Outcome:
         """How the program ended; it is killed if it has not.
@@ -165,22 +205,11 @@ class Sandboxed:
         # Written by bubblewrap outside of the wall, and only if the program ran.
         if self._status is None:
             self._status = os.read(self._status_fd, _READ_BYTES)
-        if b'"exit-code"' not in self._status:
+        # bubblewrap itself ends with 1 where it fails; above 128 it was told of a signal that ended all of the sandbox.
+        if b'"exit-code"' not in self._status and not 128 < code < 128 + signal.NSIG:
             raise OSError(f"bubblewrap made no sandbox: {stderr.strip() or f'exit code {code}'}")
         # Like a shell it adds 128 to the number of a signal.
         return 128 - code if 128 < code < 128 + signal.NSIG else code
-
-
-@contextlib.contextmanager
-def sandbox_folder() -> Iterator[Path]:
-    """A new folder that is removed at the end, however deep and unreadable what a program left there is."""
-    folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
-    try:
-        yield folder
-    finally:
-        # shutil.rmtree recurses, and ends where folders are deeper than Python's stack.
-        subprocess.run(["chmod", "-R", "u+rwX", "--", folder], capture_output=True, check=False)
-        subprocess.run(["rm", "-rf", "--", folder], check=True)
 
 
 def _seccomp_fd(theirs: contextlib.ExitStack) -> int | None:
@@ -193,6 +222,16 @@ def _seccomp_fd(theirs: contextlib.ExitStack) -> int | None:
     os.write(write, program)
     os.close(write)
     return read
+
+
+def _write_some(descriptor: int, data: bytes) -> bytes:
+    """What is left to be written; nothing when nobody reads."""
+    try:
+        return data[os.write(descriptor, data) :]
+    except BlockingIOError:
+        return data
+    except BrokenPipeError:
+        return b""
 
 
 def _pipe(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:

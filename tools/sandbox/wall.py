@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import secrets
 import shutil
 import subprocess
@@ -23,6 +24,10 @@ from pathlib import Path
 from reflectron.tools.sandbox.limits import Limits, SandboxKind
 
 FOLDER, SCRATCH = "/sandbox", "/tmp"
+NOT_STARTED = 125
+# The first process inside. bwrap's own would be left to the machine's first process to be waited for. What sh says of
+# signals is not the program's.
+_FIRST_PROCESS = ["/bin/sh", "-c", 'exec 3>&2 2>/dev/null; (exec "$@" 2>&3 3>&-); exit $?', "sh"]
 _NOBODY = 65534
 # Ids that systemd's table of uid ranges calls unused.
 _UNUSED_IDS = range(1_879_048_192, 2_147_352_576)
@@ -84,14 +89,41 @@ def give_to(user: int, folders: Iterable[Path]) -> None:
 
 def launcher(limits: Limits, *, count_processes: bool) -> list[str]:
     """``prlimit`` with the limits that the kernel keeps for each process."""
-    command = [
-        "prlimit",
-        f"--as={limits.memory_bytes}",
-        f"--fsize={limits.file_bytes}",
-        f"--nofile={limits.open_files}",
-        "--core=0",
-    ]
-    return [*command, f"--nproc={limits.processes}", "--"] if count_processes else [*command, "--"]
+    wanted = {
+        "as": (resource.RLIMIT_AS, limits.memory_bytes),
+        "fsize": (resource.RLIMIT_FSIZE, limits.file_bytes),
+        "nofile": (resource.RLIMIT_NOFILE, limits.open_files),
+        "memlock": (resource.RLIMIT_MEMLOCK, 1 << 16),
+        "msgqueue": (resource.RLIMIT_MSGQUEUE, 0),
+        # Of a user: timers and signals that wait.
+        "sigpending": (resource.RLIMIT_SIGPENDING, 1024),
+        "rtprio": (resource.RLIMIT_RTPRIO, 0),
+        "nice": (resource.RLIMIT_NICE, 0),
+    }
+    if count_processes:
+        wanted["nproc"] = (resource.RLIMIT_NPROC, limits.processes)
+    return ["prlimit", *(f"--{name}={_allowed(*limit)}" for name, limit in wanted.items()), "--"]
+
+
+def _allowed(which: int, value: int) -> int:
+    """Nobody but root may raise a limit that is lower already."""
+    hard = resource.getrlimit(which)[1]
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
+
+
+def starter(argv: Sequence[str], group: Path | None) -> list[str]:
+    """A command that runs ``argv`` as what the kernel ends first when memory runs out, and never dumps its memory.
+
+    A limit of 1 on core dumps also keeps the machine's handler of them from being started, which a limit of 0 does not
+    (core(5)).
+
+    Args:
+        group: cgroup to enter first; it ends with 125 if it cannot.
+    """
+    script = 'echo 1000 > /proc/self/oom_score_adj; exec prlimit --core=1 -- "$@"'
+    if group is not None:
+        script = f'echo 0 > "$0" || exit {NOT_STARTED}; {script}'
+    return ["/bin/sh", "-c", script, str(group / "cgroup.procs") if group is not None else "sh", *argv]
 
 
 def bubblewrap(
@@ -113,14 +145,15 @@ def bubblewrap(
         status_fd: where bubblewrap writes the exit code, unless it could not start the program.
         seccomp_fd: where bubblewrap reads the filter.
     """
-    command = [shutil.which("bwrap") or "bwrap", *_NAMESPACES, "--new-session", "--die-with-parent"]
+    command = [shutil.which("bwrap") or "bwrap", *_NAMESPACES, "--new-session", "--die-with-parent", "--as-pid-1"]
     command += ["--hostname", "sandbox", "--cap-drop", "ALL"]
     for path in _SYSTEM:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
-    command += ["--proc", "/proc", "--dev", "/dev"]
+    # Mapped, /dev/zero is shared memory that no process is seen to use; /dev/full reads alike and cannot be mapped.
+    command += ["--proc", "/proc", "--dev", "/dev", "--dev-bind", "/dev/full", "/dev/zero"]
     for inside, folder in writable.items():
         command += ["--bind", str(folder), inside]
     # multiprocessing makes its semaphores there; a file system in memory would have no limit of size.
@@ -135,12 +168,13 @@ def bubblewrap(
     if seccomp_fd is not None:
         command += ["--seccomp", str(seccomp_fd)]
     if user is None:
-        command += ["--unshare-user", "--uid", str(_NOBODY), "--gid", str(_NOBODY), "--"]
+        command += ["--unshare-user", "--uid", str(_NOBODY), "--gid", str(_NOBODY), "--", *_FIRST_PROCESS]
     else:
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
             command += ["--cap-add", capability]
-        command += ["--", "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
-        command += ["--bounding-set=-all", "--no-new-privs", "--"]
+        # The first process stays root's: bwrap, without privileges, could not take it with itself otherwise.
+        command += ["--", *_FIRST_PROCESS, "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        command += ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
     command += launcher(limits, count_processes=user is not None or _namespaces_count_processes())
     # Only now: bubblewrap, run by root, may no longer enter another user's folder.
     return [*command, "env", "-C", FOLDER, "--", *argv]

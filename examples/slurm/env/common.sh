@@ -8,6 +8,10 @@ export PYTHONUNBUFFERED=1
 # Otherwise every rank starts a thread for each core of the machine. More pays when the optimizer runs on the CPU.
 export OMP_NUM_THREADS=1
 
+# Ranks sign with it what their watchdogs tell each other (docs/trusted_files.md); another one for every start.
+REFLECTRON_RUN_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export REFLECTRON_RUN_SECRET
+
 # megatron-core puts the communication of tensor parallelism before matrix products that can hide it, and relies on
 # the GPU to start them in that order, which a single hardware queue guarantees. Needed up to Hopper, not from
 # Blackwell on.

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.conversation import BadRecord, parse_record
+from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.schemas import parse_record
 from reflectron.engine.data.sources import Record, read_records
 from reflectron.engine.data.tokenizer import TAGS
+from reflectron.tools.data.corpus import require_unicode
 from reflectron.tools.data.reflection.dialogue import Problem
 from reflectron.tools.llm.request import content_hash
 
@@ -66,6 +68,7 @@ def _text(record: Record, column: str | None) -> tuple[str, str]:
         raise BadRecord(f"no problem: found columns {', '.join(map(str, columns))}; expected {' or '.join(names)}")
     if not isinstance(text, str) or not text.strip():
         raise BadRecord(f"no problem: {name or 'the first message'} holds no text")
+    require_unicode(text, name or "the first message")
     if tag := next((tag for tag in TAGS if tag in text), None):
         raise BadRecord(f"tag in content: the problem holds {tag}, which would forge structure")
     return content_hash(text.strip()), text.strip()

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from reflectron.engine.data.conversation import BadRecord, Block, parse_record
+from reflectron.engine.data.conversation import BadRecord, Block
+from reflectron.engine.data.schemas import parse_record
+from reflectron.tools.data.corpus import require_unicode
 from reflectron.tools.data.reflection.dialogue import Dialogue, Problem, Unusable
 from reflectron.tools.data.reflection.executions import Interpreters, Session
 from reflectron.tools.data.reflection.leftovers import leftover
 from reflectron.tools.data.reflection.program import extract_tests, has_tests, parses, python_fences
 from reflectron.tools.data.reflection.verification import Runner, Verdict, verify
 from reflectron.tools.llm.client import Answer, LlmClient, RequestFailed
+from reflectron.tools.llm.reply import FINAL
 from reflectron.tools.llm.request import Request
 
 _MOST_BLOCKS_A_ROUND = 4
@@ -171,9 +174,13 @@ class Reflection:
         try:
             answer = await self.client.ask(request)
         except RequestFailed as failure:
-            raise Rejected(f"request failed: {failure}", final=failure.kind == "bad request") from None
+            raise Rejected(f"request failed: {failure}", final=failure.kind in FINAL) from None
         if answer.outcome != "ok":
             raise Rejected(f"{answer.outcome}: the answer to a request of stage {request.stage} ended before its end")
+        try:
+            require_unicode(answer.text, f"the answer to a request of stage {request.stage}")
+        except BadRecord as error:
+            raise Rejected(str(error)) from None
         return answer
 
 

@@ -1,0 +1,223 @@
+"""Blocks of bytes come in, the records of a JSON file go out as bytes, each with the line on which it begins.
+
+A file is one record a line, or one array whose elements are the records, over as many lines as it likes. Neither is
+held in memory: an array is cut at its own commas without being parsed, so a bad element costs that record alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Literal
+
+from reflectron.engine.data.conversation import BadRecord
+
+_MOST_BYTES = 1 << 29
+_STRUCTURE = re.compile(rb'["\[\]{},]')
+_OPENING, _CLOSING, _BLOCK_END = (b"[", b"{"), (b"]", b"}"), (b"", b'"')
+# Lists of objects that are part of one record.
+_PARTS_OF_A_RECORD = ("messages", "conversations", "conversation", "tools", "functions")
+
+RawRecord = tuple[int, bytes]
+Undecodable = Literal["strict", "surrogateescape"]
+
+
+def split_records(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
+    """Line number and bytes of each record, blank lines left out.
+
+    Raises:
+        ValueError: when the file is neither one record a line nor a whole array.
+    """
+    stream = iter(blocks)
+    start: list[bytes] = []
+    for block in stream:
+        start.append(block)
+        if block.strip():
+            break
+    stream = chain(start, stream)
+    if start and start[-1].lstrip().startswith(b"["):
+        yield from _elements(stream)
+    else:
+        lines = ((number, value) for number, line in _lines(stream) if (value := line.strip()))
+        first = list(islice(lines, 2))
+        _check_one_a_line(first)
+        yield from chain(first, lines)
+
+
+def decode(value: bytes, errors: Undecodable = "strict") -> object:
+    """Parse a record.
+
+    Args:
+        errors: what becomes of bytes that are no UTF-8.
+
+    Raises:
+        BadRecord: when it is not JSON, or names a key twice.
+    """
+    try:
+        return _DECODER.decode(value.decode(errors=errors))
+    except BadRecord:
+        raise
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8: byte {error.start} of the line is {value[error.start]:#04x}") from None
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"bad JSON: {error.msg} at column {error.colno}") from None
+    # Python refuses integers of more than 4300 digits and nesting beyond its stack.
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"bad JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The last of two values would win silently."""
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRecord(f"bad JSON: the key {next(n for n in names if names.count(n) > 1)!r} comes twice")
+    return columns
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
+    number, parts, size = 1, list[bytes](), 0
+    for block in blocks:
+        *whole, rest = block.split(b"\n")
+        for line in whole:
+            yield number, b"".join([*parts, line]) if parts else line
+            number += 1
+            parts, size = [], 0
+        parts.append(rest)
+        size = _grown(size, rest)
+    yield number, b"".join(parts)
+
+
+def _elements(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
+    """The elements of an array; its first byte that is not blank is its bracket."""
+    line, elements, last = 1, 0, b""
+    for text, mark in _joined(_cuts(blocks)):
+        value = text.strip()
+        begins = line + text[: len(text) - len(text.lstrip())].count(b"\n")
+        line += text.count(b"\n")
+        if last == b"]" and (value or mark):
+            raise ValueError(f"line {begins} goes on behind the end of its JSON array, expected one array")
+        if last != b"]" and mark == b"":
+            raise ValueError(f"its JSON array has no end: it is cut on line {line}, behind {elements} whole elements")
+        if mark == b"}":
+            raise ValueError(f"its JSON array ends in a brace on line {line}, expected a bracket")
+        # Nothing between the brackets is an empty array; nothing beside a comma is a fault.
+        if mark in (b",", b"]") and (value or mark == b"," or elements):
+            yield begins, value
+            elements += 1
+        last = mark
+
+
+def _joined(cuts: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Texts that blocks parted, together; the last comes without a mark."""
+    parts, size = list[bytes](), 0
+    for text, mark in cuts:
+        parts.append(text)
+        size = _grown(size, text)
+        if mark:
+            yield b"".join(parts), mark
+            parts, size = [], 0
+    yield b"".join(parts), b""
+
+
+def _cuts(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Text, and the mark behind it that cuts the outermost array: ``[``, ``,`` or ``]``; no mark at a block's end."""
+    depth, start = 0, 0
+    for block, position, mark in _marks(blocks):
+        depth += (mark in _OPENING) - (mark in _CLOSING)
+        if mark in _BLOCK_END:
+            yield block[start:], b""
+            start = 0
+        elif depth == (0 if mark in _CLOSING else 1):
+            yield block[start:position], mark
+            start = position + 1
+
+
+def _marks(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, int, bytes]]:
+    """Each bracket, brace and comma outside of strings: its block, its place there, and itself.
+
+    A block's end comes as a mark of ``_BLOCK_END``: a quote when it lies inside a string.
+    """
+    in_string, position = False, 0
+    for block in blocks:
+        while True:
+            if in_string:
+                quote = block.find(b'"', position)
+                end = len(block) if quote < 0 else quote
+                # Behind an odd number of backslashes a quote is part of the string, as is the next block's first byte.
+                text = block[position:end]
+                is_escaped = (len(text) - len(text.rstrip(b"\\"))) % 2 == 1
+                if quote < 0:
+                    break
+                in_string, position = is_escaped, quote + 1
+            elif found := _STRUCTURE.search(block, position):
+                in_string, position = found.group() == b'"', found.end()
+                if not in_string:
+                    yield block, found.start(), found.group()
+            else:
+                is_escaped = False
+                break
+        position = int(is_escaped)
+        yield block, len(block), b'"' if in_string else b""
+
+
+def _grown(size: int, text: bytes) -> int:
+    if size + len(text) > _MOST_BYTES:
+        raise ValueError(f"a record has more than {_MOST_BYTES >> 20} MiB")
+    return size + len(text)
+
+
+def _check_one_a_line(first: list[RawRecord]) -> None:
+    """Refuse an object that is a whole data set, on one line or over several.
+
+    Args:
+        first: the first two records, if there are as many.
+    """
+    rows = []
+    for _, value in first:
+        try:
+            rows.append(decode(value))
+        except BadRecord:
+            rows.append(None)
+    if len(rows) == 1 and isinstance(rows[0], dict) and (reason := _whole_data_set(rows[0])):
+        raise ValueError(f"it is one JSON object, {reason}")
+    # A line alone, or before a good one, was cut.
+    unclosed = len(first) == 2 and first[0][1].startswith(b"{") and _is_unclosed(first[0][1])
+    if unclosed and not isinstance(rows[1], dict):
+        raise ValueError(
+            f"line {first[0][0]} begins a JSON object that goes on over several lines, expected one record a line or "
+            "one array: `jq -c . FILE` writes each object on a line, `jq -c '.data[]' FILE` the objects of its list "
+            "'data'"
+        )
+
+
+def _whole_data_set(row: dict[str, Any]) -> str | None:
+    """How an object holds many records, if it does, and what to do about it."""
+    for name, value in row.items():
+        inner = value if isinstance(value, list) else []
+        is_part = name in _PARTS_OF_A_RECORD or any(isinstance(item, dict) and "role" in item for item in inner)
+        if inner and not is_part and all(isinstance(item, dict) for item in inner):
+            return (
+                f"whose list {name!r} holds {len(inner)} objects, expected one record a line or one array: "
+                f"`jq -c '.[\"{name}\"][]' FILE` writes them so"
+            )
+    columns = [list(v.values()) if isinstance(v, dict) else v for v in row.values() if isinstance(v, (list, dict))]
+    cells = [cell for column in columns for cell in column]
+    is_flat = any(isinstance(cell, str) for cell in cells) and not any(isinstance(cell, (list, dict)) for cell in cells)
+    if len(columns) == len(row) > 1 and len({len(column) for column in columns}) == 1 and is_flat:
+        return (
+            "of columns, expected one record a line: pandas writes them so with "
+            "to_json(FILE, orient='records', lines=True)"
+        )
+    return None
+
+
+def _is_unclosed(value: bytes) -> bool:
+    """Whether a line ends inside brackets, and not inside a string as one that was cut mostly does."""
+    marks = [mark for *_, mark in _marks([value])]
+    return sum(mark in _OPENING for mark in marks) > sum(mark in _CLOSING for mark in marks) and marks[-1] != b'"'

@@ -1,0 +1,84 @@
+"""Files that appear whole or not at all, through temporary names that no two writers share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+# What `temporary_name` puts behind a name; the end tells a glob what it is.
+_TEMPORARY = re.compile(r"\.[\w.-]+-\d+-[0-9a-f]{8}\.(partial|tmp)")
+
+
+def temporary_name(name: str, suffix: str = "tmp") -> str:
+    """A name beside ``name`` that nobody else takes: with host, process and a random part."""
+    host = re.sub(r"[^\w.-]", "_", socket.gethostname())
+    return f"{name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.{suffix}"
+
+
+def remove_temporaries(path: Path) -> None:
+    """Delete what killed writers of ``path`` have left; only for one that alone may write it."""
+    with contextlib.suppress(OSError):
+        for found in path.parent.iterdir():
+            if found.name.startswith(path.name) and _TEMPORARY.fullmatch(found.name[len(path.name) :]):
+                remove(found)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's entries, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, bring it to the disk, and only then give it its name.
+
+    Raises:
+        OSError: when it cannot be written; the temporary file is gone.
+    """
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        with temporary.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all; like ``write_whole``."""
+    write_whole(path, lambda stream: stream.write(text.encode()) and None)
+
+
+def free_bytes(folder: Path) -> int:
+    """Space that is left on the disk of ``folder``, or of the nearest folder above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def gib(size: int) -> str:
+    """A number of bytes as a user reads it; small ones in MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,109 @@
+"""What may run code of whoever wrote a file is used nowhere but where it is written down why that is safe.
+
+Read from the source. docs/trusted_files.md says the same for users.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [path for room in ("kernels", "engine", "tools", "examples") for path in sorted((ROOT / room).rglob("*.py"))]
+
+MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy", "imp", "zipimport"}
+# Calls by the last parts of their name.
+CALLS = {
+    *("torch.load", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "dist_checkpointing.load"),
+    *("np.load", "numpy.load", "np.fromregex", "pd.read_pickle", "pandas.read_pickle"),
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all"),
+    *("datasets.load_dataset", "datasets.load_from_disk", "FileSystemReader", "dcp.load", "checkpoint.load"),
+    *("AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained", "AutoConfig.from_pretrained"),
+    *("eval", "exec", "compile", "apply_chat_template", "SourceFileLoader", "spec_from_file_location"),
+}
+BETWEEN_RANKS = {"gather_object", "all_gather_object", "broadcast_object_list", "scatter_object_list"}
+BETWEEN_RANKS |= {"send_object_list", "recv_object_list"}
+
+# (file, what it uses) -> why no file of a stranger runs code there
+ALLOWED = {
+    (
+        "engine/checkpoint/dist_load.py",
+        "dist_checkpointing.load",
+    ): "planning only: all reading is done by readers of ours",
+    ("engine/data/sources.py", "datasets.load_dataset"): "datasets 4 and later run no loading scripts",
+    ("tools/data/benchmarks.py", "datasets.load_dataset"): "datasets 4 and later run no loading scripts",
+    ("tools/eval/with_transformers.py", "AutoModelForCausalLM.from_pretrained"): "trust_remote_code is False",
+    ("tools/eval/with_transformers.py", "AutoTokenizer.from_pretrained"): "trust_remote_code is False",
+    ("tools/eval/prompts.py", "apply_chat_template"): "transformers renders templates in jinja2's immutable sandbox",
+    ("tools/eval/answering.py", "exec"): "runs inside the sandbox",
+    ("tools/eval/answering.py", "compile"): "runs inside the sandbox",
+    ("tools/eval/answering.py", "pickle"): "runs inside the sandbox",
+    ("tools/eval/answers.py", "pickle"): "see docs/sandbox.md",
+    ("tools/eval/judge.py", "pickle"): "see docs/sandbox.md",
+    ("examples/ablation/make_problems.py", "exec"): "programs of this repository",
+    ("examples/ablation/make_problems.py", "compile"): "programs of this repository",
+}
+
+
+def uses(path: Path) -> set[str]:
+    """What a file uses of the lists above."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names} & MODULES
+        elif isinstance(node, ast.ImportFrom):
+            found |= {(node.module or "").split(".")[0]} & MODULES
+            # Imported by its own name, it would not be seen where it is called.
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in CALLS}
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            found |= {call for call in CALLS if name == call or ("." in call and name.endswith(f".{call}"))}
+            found |= {"apply_chat_template"} & {name.rpartition(".")[2]}
+            found |= {call for call in BETWEEN_RANKS if name.rpartition(".")[2] == call}
+            found |= {f"{key.arg}={ast.unparse(key.value)}" for key in node.keywords if unsafe(key)}
+    return found
+
+
+def unsafe(keyword: ast.keyword) -> bool:
+    """An argument that has a loader run code."""
+    safe = {"trust_remote_code": "False", "allow_pickle": "False", "weights_only": "True"}
+    return keyword.arg in safe and ast.unparse(keyword.value) != safe[keyword.arg]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unpickles_or_runs_a_file(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    found = uses(path)
+    if name.startswith("engine/"):
+        # Ranks of one run trust each other; who may connect to them is for loopback and firewalls.
+        found -= BETWEEN_RANKS
+    assert not {use for use in found if (name, use) not in ALLOWED}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle", "pickle"),
+        ("def f():\n    from pickle import loads", "pickle"),
+        ("from torch import load", "torch.load"),
+        ("import torch\ntorch.load(file, weights_only=True)", "torch.load"),
+        ("x.load(file, weights_only=False)", "weights_only=False"),
+        ("np.load(file, allow_pickle=flag)", "allow_pickle=flag"),
+        ("f(trust_remote_code=True)", "trust_remote_code=True"),
+        ("yaml.load(text, Loader=yaml.Loader)", "yaml.load"),
+        ("exec(text)", "exec"),
+        ("a.b.gather_object(x)", "gather_object"),
+    ],
+)
+def test_the_search_finds(source: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert found in uses(path)
+
+
+def test_safe_ways_are_not_found(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("re.compile(x)\nmodel.eval()\nyaml.safe_load(x)\njson.loads(x)\nf(trust_remote_code=False)\n")
+    assert not uses(path)
