@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from reflectron.engine.checkpoint.dist_source import METADATA_FILE, DistSource, open_weights
-from reflectron.engine.checkpoint.hf_folder import write_description
+from reflectron.engine.checkpoint.hf_folder import write_description, write_json
 from reflectron.engine.checkpoint.hf_table import EMBEDDING, HfPiece, checkpoint_tensors
 from reflectron.engine.checkpoint.manifest import MANIFEST, check_file, read_manifest
 from reflectron.engine.checkpoint.sources import SafetensorsSource
@@ -26,7 +26,10 @@ from reflectron.engine.preparation import ModelInputs, read_model_inputs
 from reflectron.tools.load_config import config_from
 
 # What holds weights, in either format.
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.distcp", METADATA_FILE, "common.pt", "metadata.json")
+_WEIGHT_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("*.distcp", METADATA_FILE, "common.pt", "metadata.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class ModelFolder:
             write_description(target, self.trained, dtype)
         else:
             shutil.copytree(self.folder, target, ignore=shutil.ignore_patterns(*_WEIGHT_FILES), dirs_exist_ok=True)
+            name = str(dtype).removeprefix("torch.")
+            write_json(target / "config.json", read_hf_config(target) | {"torch_dtype": name, "dtype": name})
 
 
 def open_model_folder(path: str) -> ModelFolder:
