@@ -81,16 +81,17 @@ class Watchdog:
         that. Only where ``spawn_local`` watches over the ranks it need not.
         """
         self._failing = True
-        self._talk.has_met()
-        if not _lost_contact(error):
+        if _lost_contact(error):
+            self._talk.has_met()
+            if SUPERVISED not in os.environ:
+                # A launcher may know better, and must be able to end this rank meanwhile.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                if self._judged.wait(self.limits.silence_s + 2 * _HEARING_S + 2 * _CONNECT_S):
+                    self._leave()
+        elif self._talk.met:
             words = printable(f"{type(error).__name__}: {error}", 500)
             self.progress.note = replace(self.progress.note, words=words, order=self._talk.order_of_failing())
             self._talk.say_now(_CONNECT_S)
-        elif SUPERVISED not in os.environ:
-            # A launcher may know better, and must be able to end this rank meanwhile.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if self._judged.wait(self.limits.silence_s + 2 * _HEARING_S + 2 * _CONNECT_S):
-                self._leave()
         raise error
 
     def _watch(self) -> None:
@@ -156,6 +157,11 @@ class _Talk:
             if self.progress.note.entered:
                 self.has_met()
         return True
+
+    @property
+    def met(self) -> bool:
+        """Whether the store could be reached."""
+        return self._met.is_set()
 
     def has_met(self) -> None:
         """This rank has met the others; who hosted the store may be gone before it is seen from here."""

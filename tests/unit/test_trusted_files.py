@@ -6,6 +6,8 @@ Read from the source. docs/trusted_files.md says the same for users.
 from __future__ import annotations
 
 import ast
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,17 @@ def test_every_exception_is_needed() -> None:
     unused = {(name, use) for name, use in ALLOWED if not (ROOT / name).exists() or use not in uses(ROOT / name)}
     # A file that runs programs does so by either.
     assert not {name for name, _ in unused} - {name for name, _ in ALLOWED.keys() - unused}
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_transformer_engine_may_unpickle_for_a_moment_only(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reflectron.engine.checkpoint.training_state import trusted_scales
+
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    with suppress(KeyError), trusted_scales():
+        assert os.environ[name] == "1"
+        raise KeyError
+    assert os.environ.get(name) == before
