@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from reflectron.engine.checkpoint.dist_source import METADATA_FILE, DistSource, open_weights
+from reflectron.engine.checkpoint.dist_metadata import METADATA_FILE
+from reflectron.engine.checkpoint.dist_source import DistSource, open_weights
 from reflectron.engine.checkpoint.hf_folder import write_description, write_json
 from reflectron.engine.checkpoint.hf_table import EMBEDDING, HfPiece, checkpoint_tensors
 from reflectron.engine.checkpoint.manifest import MANIFEST, check_file, read_manifest
