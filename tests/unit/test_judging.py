@@ -73,6 +73,14 @@ def test_where_nothing_can_be_run_any_longer_no_sample_is_blamed(
         assert list(kept.verdicts) == ["a"]
 
 
+def test_a_fault_of_ours_is_no_score(tmp_path: Path, sandbox: SandboxKind) -> None:
+    def judge(sample: Sample) -> Verdicts:
+        raise AttributeError("a judge that is broken")
+
+    with pytest.raises(AttributeError, match="broken"):
+        run(samples("a", "b"), judge, tmp_path / "v", sandbox)
+
+
 def test_what_is_no_program_is_not_run(tmp_path: Path, sandbox: SandboxKind) -> None:
     given = samples("a\ud800", "x" * (MOST_SOURCE_BYTES + 1), "nul \0 is for the interpreter to refuse")
     judged = []

@@ -17,6 +17,7 @@ import re
 import reprlib
 import select
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -75,6 +76,7 @@ class _Check:
         self._number, self._test, self._report, self._probing = number, test, report, False
         self._answers, self._calls = answers, calls
         self._asked = self._told = ""
+        self._lock = threading.Lock()
         self._raised: BaseException | None = None
         self._names: dict[str, Any] = {"__name__": "test"}
         self._prompt: dict[str, Any] = {}
@@ -119,7 +121,9 @@ class _Check:
 
     def _candidate(self, name: str) -> Any:
         def candidate(*arguments: Any, **named: Any) -> Any:
-            return self._call(arguments, named)
+            # Tests that limit time call from threads of their own.
+            with self._lock:
+                return self._call(arguments, named)
 
         candidate.__name__ = candidate.__qualname__ = name
         return candidate

@@ -31,6 +31,9 @@ from reflectron.tools.sandbox.process import Limits, SandboxKind, run_sandboxed,
 T = TypeVar("T")
 R = TypeVar("R")
 
+# What programs bring about in what reads from them and removes what they leave.
+_OF_SAMPLES = (OSError, ValueError, EOFError, MemoryError, RecursionError)
+
 
 def judge_samples(
     samples: Sequence[Sample],
@@ -63,19 +66,24 @@ def judge_samples(
             file=sys.stderr,
         )
 
-    def judged(number: int) -> tuple[int, Verdicts, str]:
+    def judged(number: int) -> tuple[int, Verdicts, Exception | None]:
         return number, *_judge_one(samples[number], judge, suites, kind)
 
     not_judged: dict[int, Verdicts] = {}
-    first_reason = ""
+    errors: list[Exception] = []
     with contextlib.closing(in_threads(judged, missing, workers)) as results:
-        for number, verdicts, reason in tracked(results, len(missing), "judging"):
-            if reason:
-                not_judged[number], first_reason = verdicts, first_reason or reason
+        for number, verdicts, error in tracked(results, len(missing), "judging"):
+            if error is not None:
+                not_judged[number] = verdicts
+                errors.append(error)
             else:
                 kept.write(keys[number], samples[number], verdicts)
-    if not_judged:
-        print(f"{len(not_judged)} samples could not be judged and count as failed: {first_reason}", file=sys.stderr)
+    if errors:
+        if len(errors) == len(missing) and not all(isinstance(error, _OF_SAMPLES) for error in errors):
+            # A fault of ours, which must not look like a score.
+            raise errors[0]
+        reason = one_line(errors[0])
+        print(f"{len(errors)} samples could not be judged and count as failed: {reason}", file=sys.stderr)
     return [not_judged[n] if n in not_judged else kept.verdicts[key] for n, key in enumerate(keys)]
 
 
@@ -96,18 +104,17 @@ def says_how_to_resume(keys: Sequence[str], kept: VerdictFile) -> Iterator[None]
 
 def _judge_one(
     sample: Sample, judge: Callable[[Sample], Verdicts], suites: int, kind: SandboxKind
-) -> tuple[Verdicts, str]:
+) -> tuple[Verdicts, Exception | None]:
     """A sample's verdicts, and why it could not be judged."""
     if reason := unfit(sample.code):
-        return (Verdict("fail", got=reason),) * suites, ""
+        return (Verdict("fail", got=reason),) * suites, None
     try:
-        return judge(sample), ""
+        return judge(sample), None
     except Exception as error:
         # What a program can bring about is not to be listed; where nothing runs any longer it was not the sample.
         if not _sandbox_works(kind):
             raise
-        reason = one_line(error)
-        return (Verdict("fail", got=f"could not be judged: {reason}"),) * suites, reason
+        return (Verdict("fail", got=f"could not be judged: {one_line(error)}"),) * suites, error
 
 
 def _sandbox_works(kind: SandboxKind) -> bool:

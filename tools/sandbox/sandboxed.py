@@ -49,7 +49,7 @@ class Sandboxed:
         writable: folders by their path inside; the one at ``/sandbox`` is the working folder.
         read_only: further paths that the program sees under their own names, next to the running Python.
         environment: added to a clean one.
-        stdout: where the program writes; unless given, a pipe for `communicate`.
+        stdout: where the program writes, instead of the pipe that is read here.
 
     Raises:
         OSError: a folder or the program that makes the wall is missing.
@@ -73,8 +73,7 @@ class Sandboxed:
         with contextlib.ExitStack() as on_error, contextlib.ExitStack() as theirs:
             writable = {inside: folder.absolute() for inside, folder in writable.items()}
             writable[wall.SCRATCH] = on_error.enter_context(sandbox_folder())
-            if stdout is None:
-                self.stdout_fd, stdout = _pipe(on_error, theirs)
+            self.stdout_fd, piped = _pipe(on_error, theirs)
             self.stderr_fd, stderr = _pipe(on_error, theirs)
             self._status_fd, status = _pipe(on_error, theirs)
             self._texts = {self.stdout_fd: bytearray(), self.stderr_fd: bytearray()}
@@ -107,7 +106,7 @@ class Sandboxed:
                 environment=wall.environment(kind, writable, environment),
                 cwd=writable[wall.FOLDER],
                 stdin=stdin,
-                stdout=stdout,
+                stdout=piped if stdout is None else stdout,
                 stderr=stderr,
                 pass_fds=inherited,
                 walled=kind == "bubblewrap",
