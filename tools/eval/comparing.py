@@ -90,8 +90,9 @@ def _supervise(seconds: int, answers: int, ended: int, expected: int, verdict: i
 
 def _judge(answers: int, ended: int, expected: int, verdict: int) -> None:
     with gzip.open(os.fdopen(expected, "rb")) as file:
-        task = plain_data.read_message(file, _EXPECTED_LIMITS)
-        replay = _Replay(io.BufferedReader(_Fifo(answers, ended), 1 << 16), file, task["count"])
+        stream: Any = file
+        task = plain_data.read_message(stream, _EXPECTED_LIMITS)
+        replay = _Replay(io.BufferedReader(_Fifo(answers, ended), 1 << 16), stream, task["count"])
         globals()["answer"] = replay.answer
         progress, status, details = _Value(), _Value(), [False] * task["count"]
         evalplus.eval.unsafe_execute(
@@ -141,7 +142,8 @@ class _Replay:
         self._answers, self._file, self._count = answers, expected, count
         self._arguments: Any = []
         self._expected: Any = None
-        self._outcome, self._got = "unsaid", None
+        self._outcome = "unsaid"
+        self._got: Any = None
 
     def inputs(self) -> Iterator[Any]:
         """Arguments, one input after the other."""

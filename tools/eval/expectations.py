@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS, MBPP_OUTPUT_SET_EQ_TASKS
 
+from reflectron.engine.files import write_text
 from reflectron.engine.text import printable
 from reflectron.tools.eval.answers import AnswerPipes, Program
-from reflectron.tools.eval.rows import write_text
 from reflectron.tools.sandbox.plain_data import (
     FORMAT_VERSION,
     DataLimits,
@@ -163,7 +163,7 @@ def _make(task: Task, files: tuple[Path, Path], kind: SandboxKind) -> tuple[list
 def _write_suite(task: Task, inputs: Sequence[Any], answers: int, path: Path, why: str) -> list[float]:
     partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     common = {"dataset": task.dataset, "entry_point": task.entry_point, "atol": task.atol, "count": len(inputs)}
-    seconds = []
+    seconds: list[float] = []
     with open(answers, "rb") as stream, gzip.open(partial, "wb", compresslevel=1) as file:
         write_message(file, common)  # type: ignore[arg-type]
         for arguments in inputs:
