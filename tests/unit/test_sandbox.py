@@ -7,13 +7,15 @@ import struct
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
-from reflectron.tools.sandbox import usage
+from reflectron.tools.sandbox import usage, wall
 from reflectron.tools.sandbox.limits import Limits, SandboxKind
 from reflectron.tools.sandbox.process import Outcome, choose_sandbox, run_sandboxed, sandbox_folder
+from reflectron.tools.sandbox.sandboxed import Sandboxed
 from reflectron.tools.sandbox.seccomp import seccomp_program
 
 
@@ -134,12 +136,61 @@ def test_system_calls_are_refused_on_both_machines(
         assert decide(seccomp_program(machine), struct.pack("=IIQQQQ", number, 0x40000003, 0, first, 0, third)) == 1
 
 
+ARGUMENTS = [
+    # what is asked, number on x86_64, on aarch64, arguments, errno expected; "done" is success without effect
+    ("private memory", 9, 222, (0, 4096, 3, 0x22), "allowed"),
+    ("shared anonymous memory", 9, 222, (0, 4096, 3, 0x21), 1),
+    ("shared anonymous memory, checked flags", 9, 222, (0, 4096, 3, 0x23), 1),
+    ("a shared file", 9, 222, (0, 4096, 3, 0x01), "allowed"),
+    ("huge pages", 9, 222, (0, 4096, 3, 0x40022), 1),
+    ("semaphores", 64, 190, (0, 1, 0, 0), 1),
+    ("extended attributes", 188, 5, (0, 0, 0, 0), 95),
+    ("unreadable", 157, 167, (4, 0, 0, 0), 1),
+    ("readable", 157, 167, (4, 1, 0, 0), "allowed"),
+    ("a thread's name", 157, 167, (15, 0, 0, 0), "allowed"),
+    ("typing", 16, 29, (0, 0x5412, 0, 0), 1),
+    ("size of a terminal", 16, 29, (0, 0x5413, 0, 0), "allowed"),
+    ("size of a pipe", 72, 25, (0, 1031, 0, 0), 1),
+    ("flags of a file", 72, 25, (0, 4, 0, 0), "allowed"),
+    ("a larger buffer", 54, 208, (0, 1, 7, 0), "done"),
+    ("an address again", 54, 208, (0, 1, 2, 0), "allowed"),
+    ("no delay", 54, 208, (0, 6, 7, 0), "allowed"),
+    ("core dumps", 160, 164, (4, 1, 0, 0), "done"),
+    ("open files", 160, 164, (7, 1, 0, 0), "allowed"),
+    ("asking for core dumps", 302, 261, (0, 4, 0, 1), "allowed"),
+    ("core dumps of a process", 302, 261, (0, 4, 1 << 40, 0), "done"),
+    ("core dumps of a process, low address", 302, 261, (0, 4, 1 << 12, 0), "done"),
+    ("tcp", 41, 198, (2, 1, 6, 0), "allowed"),
+    ("mptcp", 41, 198, (2, 1, 262, 0), 97),
+    ("sctp over ipv6", 41, 198, (10, 1, 132, 0), 97),
+    ("a pair", 53, 199, (1, 1, 0, 0), "allowed"),
+    ("a pair of another family", 53, 199, (30, 1, 0, 0), 97),
+]
+
+
+@pytest.mark.parametrize(("asked", "x86_64", "aarch64", "arguments", "expected"), ARGUMENTS)
+def test_calls_that_depend_on_their_arguments(
+    asked: str, x86_64: int, aarch64: int, arguments: tuple[int, ...], expected: int | str
+) -> None:
+    for machine, architecture, number in (("x86_64", 0xC000003E, x86_64), ("aarch64", 0xC00000B7, aarch64)):
+        data = struct.pack("=IIQ4Q", number, architecture, 0, *arguments)
+        answer = answer_to(seccomp_program(machine), data)
+        told = {0x7FFF0000: "allowed", 0x00050000: "done"}.get(answer, answer & 0xFFFF)
+        assert told == expected, (asked, machine)
+
+
 def test_another_machine_has_no_filter() -> None:
     assert seccomp_program("riscv64") == b""
 
 
 def decide(program: bytes, data: bytes) -> int:
-    """Errno that the filter gives to a call, 0 if it lets it through: the kernel's interpreter of classic BPF."""
+    """Errno that the filter gives to a call, 0 if it lets it through."""
+    answer = answer_to(program, data)
+    return 0 if answer == 0x7FFF0000 else answer & 0xFFFF
+
+
+def answer_to(program: bytes, data: bytes) -> int:
+    """What the filter returns: the kernel's interpreter of classic BPF."""
     instructions = list(struct.iter_unpack("=HBBI", program))
     at = accumulator = 0
     while True:
@@ -148,7 +199,45 @@ def decide(program: bytes, data: bytes) -> int:
         if code == 0x20:
             (accumulator,) = struct.unpack_from("=I", data, value)
         elif code == 0x06:
-            return 0 if value == 0x7FFF0000 else value & 0xFFFF
+            return int(value)
         else:
             holds = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
             at += if_true if holds else if_false
+
+
+def test_a_sandbox_that_is_killed_from_outside_is_an_outcome(sandbox: SandboxKind, tmp_path: Path) -> None:
+    for victim in (0, 1):
+        with sandbox_folder() as folder:
+            limits = Limits(wall_seconds=60, cpu_seconds=60)
+            argv = ["sh", "-c", "echo started; exec sleep 1000"]
+            with Sandboxed(sandbox, argv, writable={wall.FOLDER: folder}, limits=limits, environment={}) as running:
+                assert os.read(running.stdout_fd, 100) == b"started\n"
+                bwrap = usage.children(os.getpid())
+                tree = next(tree for tree in map(usage.process_tree, bwrap) if len(tree) > 2)
+                os.kill(tree[victim], 9)
+                stdout, stderr = running.communicate(time.monotonic() + 60)
+                assert running.outcome(stdout, stderr, 0.0).ended == "signal"
+
+
+@pytest.mark.slow
+def test_what_stands_still_is_ended(sandbox: SandboxKind, tmp_path: Path) -> None:
+    stopped = run_python(sandbox, tmp_path, "import os; os.kill(os.getpid(), 19)")
+    assert (stopped.ended, stopped.returncode) == ("idle", None)
+    asleep = run_python(sandbox, tmp_path, "import time; time.sleep(50)", cpu_seconds=1)
+    assert asleep.ended == "idle"
+    assert max(stopped.seconds, asleep.seconds) < 30
+
+
+def test_what_nobody_waits_for_is_counted() -> None:
+    def seen(pid: int, own: int, waited: int) -> usage.Process:
+        return usage.Process(pid, pid, "S", own, waited, 1, 0)
+
+    ticks = os.sysconf("SC_CLK_TCK")
+    time_used = usage.ProcessorTime()
+    # No process has these ids.
+    parent, child, other = 2**30, 2**30 + 1, 2**30 + 2
+    assert time_used.update([seen(parent, 5, 0), seen(child, 100, 0), seen(other, 50, 10)]) * ticks == 165
+    # One is waited for, after 20 ticks more; of the other nobody tells. Never is more counted than was used.
+    assert time_used.update([seen(parent, 5, 120)]) * ticks == 165
+    assert time_used.update([seen(parent, 6, 120)]) * ticks == 166
+    assert time_used.update([]) * ticks == 166
