@@ -26,6 +26,7 @@ SERVER = ["fastapi>=0.110,<1", "uvicorn>=0.29,<1", "accelerate>=1,<2"]
 # Exactly: its verdicts are what published numbers are made of, and its judge is called from inside.
 # It holds protobuf below 6, with which later releases of sentencepiece cannot be imported, though they do not say so.
 EVAL = ["evalplus==0.3.1", "openai>=2,<4", "tenacity>=8.2,<10", "scipy>=1.10,<2", "sentencepiece>=0.2,<0.2.1"]
+WANDB = ["wandb>=0.16,<1"]
 # Fused layers where transformer-engine is not. Below 0.9, for the engine calls its operations rather than its modules.
 FUSED = ["liger-kernel>=0.8.5,<0.9", "triton>=3.4,<3.8"]
 ROOMS = ("engine", "kernels", "tools")
@@ -83,11 +84,12 @@ setup(
             *DATA,
             *EVAL,
             *SERVER,
+            *WANDB,
         ],
         "fused": FUSED,
         "data": DATA,
         "eval": EVAL,
-        "wandb": ["wandb"],
+        "wandb": WANDB,
         # The peers of `reflectron bench head` and `bench corpus`, and the reading of the SM clock.
         "bench": [
             "datasketch>=2,<3",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 # What `temporary_name` puts behind a name; the end tells a glob what it is.
-_TEMPORARY = re.compile(r"\.[\w.-]+-\d+-[0-9a-f]{8}\.(partial|tmp)")
+_TEMPORARY = re.compile(r"\.[\w.-]+-\d+-[0-9a-f]{8}\.(partial|tmp)$")
 
 
 def temporary_name(name: str, suffix: str = "tmp") -> str:
@@ -22,11 +22,18 @@ def temporary_name(name: str, suffix: str = "tmp") -> str:
     return f"{name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.{suffix}"
 
 
-def remove_temporaries(path: Path) -> None:
-    """Delete what killed writers of ``path`` have left; only for one that alone may write it."""
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Delete what killed writers have left in ``folder``, of ``name`` or of everything.
+
+    Only for one that alone may write it, but for locks: others are just trying to take them.
+    """
     with contextlib.suppress(OSError):
-        for found in path.parent.iterdir():
-            if found.name.startswith(path.name) and _TEMPORARY.fullmatch(found.name[len(path.name) :]):
+        for found in folder.iterdir():
+            if (
+                found.name.startswith(name)
+                and ".lock." not in found.name
+                and _TEMPORARY.search(found.name[len(name) :])
+            ):
                 remove(found)
 
 
@@ -48,7 +55,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, bring it to the disk, and only then give it its name.
 
     Raises:
@@ -69,7 +76,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all; like ``write_whole``."""
-    write_whole(path, lambda stream: stream.write(text.encode()) and None)
+    write_whole(path, lambda stream: stream.write(text.encode()))
 
 
 def free_bytes(folder: Path) -> int:

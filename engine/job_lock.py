@@ -1,6 +1,7 @@
 """One job a folder: a lock file that names its holder, outlives no job, and works between machines.
 
-The file is made by a hard link, which is atomic on local and network file systems alike. On the holder's own machine it
+The file is made by a hard link, which is atomic on local and network file systems alike (or exclusively, where there
+are none). On the holder's own machine it
 is asked whether its process still runs. From another machine the lock is watched: the holder touches it every
 ``BEAT_S`` seconds, and it counts as left behind when it has not changed for ``SILENCE_S``. Only changes are looked at,
 never a clock. A holder that was suspended so long that another job took its place finds out by ``check``.
@@ -9,6 +10,7 @@ never a clock. A holder that was suspended so long that another job took its pla
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -28,6 +30,8 @@ LOCK_NAME = "job.lock"
 BEAT_S = 10.0
 SILENCE_S = 90.0
 _POLL_S = 0.2
+# Of file systems without hard links: FAT, and some that are programs (FUSE).
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
 # How a launcher tells its ranks which lock they work under.
 _INHERITED = "REFLECTRON_JOB_LOCK"
 
@@ -183,9 +187,7 @@ def take_lock(
         Locked: when another job holds it.
         ValueError: when the file system cannot hold it.
     """
-    me = Holder.this_process()
-    watch = _Watch(silence_s)
-    said = False
+    me, watch, said = Holder.this_process(), _Watch(silence_s), False
     while not _link(path, me):
         if path.is_dir():
             raise ValueError(f"{path} is a folder, expected a file or nothing: remove it")
@@ -196,18 +198,18 @@ def take_lock(
         if dead and _replace(path, holder.token if holder else None, me, say, silence_s):
             break
         if dead is False and not wait:
-            raise Locked(
-                f"{what} is in use by {holder or 'another job'} ({path}): wait until it has ended, stop it, or choose "
-                "another folder"
-            )
+            raise Locked(f"{_in_use(what, holder, path)}: wait until it has ended, stop it, or choose another folder")
         if not dead:
             if not said:
                 reason = "waiting for it" if dead is False else f"watching for {silence_s:.0f} s whether it still runs"
-                say(f"{what} is in use by {holder or 'a job that its lock does not name'} ({path}); {reason}")
+                say(f"{_in_use(what, holder, path)}; {reason}")
                 said = True
             time.sleep(_POLL_S)
-    descriptor = os.open(path, os.O_RDONLY)
-    return JobLock(path, descriptor, me.token, owned=True, beat_s=beat_s)
+    return JobLock(path, os.open(path, os.O_RDONLY), me.token, owned=True, beat_s=beat_s)
+
+
+def _in_use(what: str, holder: Holder | None, path: Path) -> str:
+    return f"{what} is in use by {holder or 'a job that its lock does not name'} ({path})"
 
 
 def inherited_lock(path: Path, env: Mapping[str, str] = os.environ) -> JobLock | None:
@@ -258,8 +260,22 @@ def _link(path: Path, me: Holder) -> bool:
             # An answer that was lost on the network: the link may be ours.
             return os.stat(own).st_nlink == 2
         except OSError as error:
-            raise _cannot(path, error) from None
+            if error.errno not in _NO_LINKS:
+                raise _cannot(path, error) from None
+            return _create(path, me)
         return True
+
+
+def _create(path: Path, me: Holder) -> bool:
+    """Like ``_link`` where there are no hard links: the file is there before its content, for a moment."""
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(me)) + "\n")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _cannot(path, error) from None
+    return True
 
 
 def _replace(path: Path, token: str | None, me: Holder, say: Callable[[str], None], silence_s: float) -> bool:
@@ -307,8 +323,8 @@ def _own_file(path: Path, me: Holder) -> Iterator[Path]:
 
 def _cannot(path: Path, error: OSError) -> ValueError:
     return ValueError(
-        f"{path} cannot be made: {error.strerror}; a folder that one job at a time writes needs a file system with "
-        "room and hard links"
+        f"{path} cannot be made: {error.strerror}; the lock of a folder that one job at a time writes needs "
+        "room and the right to write there"
     )
 
 

@@ -215,7 +215,7 @@ def _drop_rows_after(path: Path, step: int) -> str:
     note = ""
     if damaged:
         kept = path.with_suffix(".damaged.jsonl")
-        write_whole(kept, lambda stream: stream.write(path.read_bytes()) and None)
+        write_whole(kept, lambda stream: stream.write(path.read_bytes()))
         note = f"{path}: {damaged} lines are no rows and are left out; {kept} keeps the file as it was"
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
     return note
@@ -263,10 +263,10 @@ def wandb_run_id(config: Config) -> str:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             known = json.loads(path.read_bytes())
             if known["project"] == config.train.wandb_project and re.fullmatch(r"[\w-]{1,64}", known["id"]):
-                return known["id"]
-    new = {"project": config.train.wandb_project, "id": secrets.token_hex(4)}
-    write_text(path, json.dumps(new) + "\n")
-    return new["id"]
+                return str(known["id"])
+    new = secrets.token_hex(4)
+    write_text(path, json.dumps({"project": config.train.wandb_project, "id": new}) + "\n")
+    return new
 
 
 def peak_memory_gib(groups: ParallelGroups) -> float:

@@ -303,7 +303,7 @@ def export_checkpoint(chunks: Sequence[PackedGPT], inputs: ModelInputs, groups: 
     partial = folder.with_name(from_main(temporary_name(folder.name, "partial")))
 
     def begin() -> str:
-        remove_temporaries(folder)
+        remove_temporaries(folder.parent, folder.name)
         partial.mkdir(parents=True)
         return lack_of_space(folder, {"the export": export_bytes(inputs.arch, dtype)})
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from reflectron.kernels.products import without_autocast
 from reflectron.kernels.softmax_statistics import (
     IGNORE_INDEX,
     Groups,
@@ -96,13 +97,13 @@ class _DistillationHead(torch.autograd.Function):
         training: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Autocast would round the factors of fp32 products, and differently in the two directions.
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             return _forward(ctx, weight, (teacher, student, unpaired), rows, options, passes, training)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.no_grad(), without_autocast(inputs[0].device):
             gradients = _backward(ctx, grad_loss, *inputs)
         if torch.is_grad_enabled():
             # create_graph=True: a second derivative may follow, which would be zero if these were constants.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflectron.engine.config import Config, ParallelConfig
+from reflectron.engine.files import remove_temporaries
 from reflectron.engine.job_lock import LOCK_NAME, JobLock, inherited_lock, lock_folder
 from reflectron.engine.parallel.launch import resolve_environment, spawn_local
 from reflectron.engine.text import printable
@@ -35,9 +36,19 @@ def only_job(config: Config) -> Iterator[JobLock | None]:
         yield None
         return
     folder = Path(config.output_dir)
-    with inherited_lock(folder / LOCK_NAME) or lock_folder(folder, "output_dir") as lock:
+    inherited = inherited_lock(folder / LOCK_NAME)
+    with inherited or lock_folder(folder, "output_dir") as lock:
+        if inherited is None:
+            remove_temporaries(folder)
+        known = {name: os.environ.get(name) for name in lock.variables()}
         os.environ.update(lock.variables())
-        yield lock
+        try:
+            yield lock
+        finally:
+            for name, value in known.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do: NothingToDo | None = None) -> int:
@@ -104,7 +115,8 @@ def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None)
         groups = start_process_groups(config.parallel, config.seed, max(30, 2 * SLOW_PHASE_FACTOR * hang_minutes))
         groups = replace(groups, progress=watchdog.progress)
         inputs = open_run_inputs(config)
-        if nothing_to_do is not None and (reason := nothing_to_do(config, inputs)):
+        reason = _look_on_main(config, inputs, nothing_to_do) if nothing_to_do is not None else None
+        if reason:
             if groups.is_main:
                 print(reason)
             code = 0
@@ -118,6 +130,23 @@ def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None)
     watchdog.stop()
     stop_process_groups()
     return code
+
+
+def _look_on_main(config: Config, inputs: RunInputs, nothing_to_do: NothingToDo) -> str | None:
+    """What ``nothing_to_do`` says on the main rank, on every rank alike: files are read once, and none disagrees."""
+    import torch.distributed as dist
+
+    found: list[tuple[str | None, str]] = [(None, "")]
+    if dist.get_rank() == 0:
+        try:
+            found = [(nothing_to_do(config, inputs), "")]
+        except ValueError as error:
+            found = [(None, str(error))]
+    dist.broadcast_object_list(found)
+    reason, mistake = found[0]
+    if mistake:
+        raise ValueError(mistake)
+    return reason
 
 
 def _check_backends(config: Config, inputs: RunInputs) -> None:

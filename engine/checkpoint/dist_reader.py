@@ -33,7 +33,7 @@ class DistReader(FileSystemReader):
         self._metadata = read_metadata(folder)
         self.set_up_storage_reader(self._metadata, is_coordinator=True)
 
-    def read_metadata(self) -> Metadata:  # type: ignore[override]
+    def read_metadata(self) -> Metadata:
         """What was read when this was made."""
         return self._metadata
 

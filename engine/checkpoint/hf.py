@@ -106,10 +106,7 @@ def export_weights(
                 gathered[name] = whole.to("cpu", copy=True).contiguous()
         # The others wait in the gathering of the next tensor, so an error must not end the loop.
         if writes and not error:
-            try:
-                _write(gathered, folder / file_name(first + index, total))
-            except WRITE_ERRORS as failure:
-                error = file_error(failure)
+            error = _write(gathered, folder / file_name(first + index, total))
     if error := first_error(error):
         raise OSError(error)
     if groups.is_main and total > 1:
@@ -120,7 +117,12 @@ def _bytes(parameter: torch.nn.Parameter, piece: HfPiece) -> int:
     return _numel(piece.shape) * parameter.element_size()
 
 
-def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
+def _write(tensors: dict[str, torch.Tensor], file: Path) -> str:
+    """Write a file of weights; why it could not be written, or nothing."""
     partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        os.replace(partial, file)
+    except WRITE_ERRORS as error:
+        return file_error(error)
+    return ""

@@ -25,8 +25,8 @@ def write_description(folder: Path, inputs: ModelInputs, dtype: torch.dtype) -> 
         dtype: of its weights.
     """
     inputs.tokenizer.save(folder)
-    _write_json(folder / "config.json", export_config(inputs, dtype))
-    _write_json(folder / "generation_config.json", _generation_config(inputs.tokenizer))
+    write_json(folder / "config.json", export_config(inputs, dtype))
+    write_json(folder / "generation_config.json", _generation_config(inputs.tokenizer))
 
 
 # Written anew from the architecture, so that no reader falls back on a default of its own release.
@@ -74,7 +74,8 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` as the folder's other files are written."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -112,4 +113,4 @@ def write_index(files: Sequence[Sequence[str]], total_bytes: int, folder: Path) 
         "metadata": {"total_size": total_bytes},
         "weight_map": {name: file_name(i, len(files)) for i, names in enumerate(files) for name in names},
     }
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)

@@ -103,8 +103,9 @@ class _Reader:
         self.archive.fp.seek(0, io.SEEK_END)  # type: ignore[union-attr]
         if member.file_size > self.archive.fp.tell():  # type: ignore[union-attr]
             raise ForeignPickle(f"its member {name[:50]!r} is cut short")
-        whole = memoryview(torch.empty(member.file_size, dtype=torch.uint8).numpy()).cast("B")
+        whole = torch.empty(member.file_size, dtype=torch.uint8).numpy().data.cast("B")
         with self.archive.open(member) as source:
+            assert isinstance(source, zipfile.ZipExtFile)
             start = 0
             while start < len(whole) and (count := source.readinto(whole[start : start + _PIECE])):
                 start += count

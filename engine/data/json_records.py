@@ -186,9 +186,7 @@ def _check_one_a_line(first: list[RawRecord]) -> None:
             rows.append(None)
     if len(rows) == 1 and isinstance(rows[0], dict) and (reason := _whole_data_set(rows[0])):
         raise ValueError(f"it is one JSON object, {reason}")
-    # A line alone, or before a good one, was cut.
-    unclosed = len(first) == 2 and first[0][1].startswith(b"{") and _is_unclosed(first[0][1])
-    if unclosed and not isinstance(rows[1], dict):
+    if len(first) == 2 and not isinstance(rows[1], dict) and _goes_on(first[0][1], first[1][1]):
         raise ValueError(
             f"line {first[0][0]} begins a JSON object that goes on over several lines, expected one record a line or "
             "one array: `jq -c . FILE` writes each object on a line, `jq -c '.data[]' FILE` the objects of its list "
@@ -217,7 +215,8 @@ def _whole_data_set(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_unclosed(value: bytes) -> bool:
-    """Whether a line ends inside brackets, and not inside a string as one that was cut mostly does."""
-    marks = [mark for *_, mark in _marks([value])]
-    return sum(mark in _OPENING for mark in marks) > sum(mark in _CLOSING for mark in marks) and marks[-1] != b'"'
+def _goes_on(line: bytes, following: bytes) -> bool:
+    """Whether an object that a line begins goes on behind it; one that was cut ends in a string or before another."""
+    marks = [mark for *_, mark in _marks([line])]
+    unclosed = sum(mark in _OPENING for mark in marks) > sum(mark in _CLOSING for mark in marks) and marks[-1] != b'"'
+    return line.startswith(b"{") and unclosed and (line.endswith(_OPENING) or not following.startswith(b"{"))

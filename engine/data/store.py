@@ -160,8 +160,7 @@ def build_store(
 def _build_alone(
     data: DataConfig, files: Sequence[DataFile], tokenizer: Tokenizer, folder: Path, progress: bool
 ) -> TokenStore:
-    for name in _LISTS:
-        remove_temporaries(folder / name)
+    remove_temporaries(folder)
     settings = _settings(data, tokenizer)
     job = _Job(tokenizer, data)
     shards: list[Shard] = []
@@ -169,7 +168,6 @@ def _build_alone(
         path = _shard_path(folder, settings, file)
         shard = _up_to_date(path, file)
         if shard is None:
-            remove_temporaries(path)
             header = ShardHeader(settings, source_identity(file))
             chunks = _with_progress(read_chunks(file, _RECORDS_PER_CHUNK), file, progress)
             write_shard(path, header, (batch for _, batch in map_chunks(job, chunks, data.workers)))

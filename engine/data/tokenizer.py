@@ -165,7 +165,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: self.settings[name] for name in _CARRIED_SETTINGS if name in self.settings},
             **special,
-            **self._prefix_space(),
+            # Without it transformers 4 sets what tokenizer.json says to false.
+            **_prefix_space(self.backend),
             "added_tokens_decoder": _added_tokens(self.backend),
             "clean_up_tokenization_spaces": False,
             "chat_template": self.chat_template(),
@@ -174,11 +175,6 @@ class Tokenizer:
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if self.sentencepiece_file is not None and self.sentencepiece_file.parent.resolve() != folder.resolve():
             shutil.copyfile(self.sentencepiece_file, folder / "tokenizer.model")
-
-    def _prefix_space(self) -> dict[str, bool]:
-        """What tokenizer.json says; without it transformers 4 sets it to false."""
-        state = json.loads(self.backend.to_str())["pre_tokenizer"] or {}
-        return {name: state[name] for name in ("add_prefix_space",) if name in state}
 
     def _additional_special_tokens(self) -> list[str]:
         declared = self.settings.get("additional_special_tokens") or self.settings.get("extra_special_tokens") or []
@@ -203,6 +199,7 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     json_file = source / "tokenizer.json"
     if json_file.is_file():
         backend = _from_json(json_file)
+        _check_prefix_space(settings, backend, folder)
     elif model_file.is_file() and model_file.suffix == ".model":
         _check_settings(settings, folder)
         model = convert_sentencepiece(model_file)
@@ -220,6 +217,22 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     tag_ids, sub_tokens = _add_tags(backend) if template == "reflection" else ({}, {})
     kept = model_file if model_file.is_file() else None
     return Tokenizer(backend, template, bos_id, eos_id, tag_ids, sub_tokens, settings | named, kept)
+
+
+def _prefix_space(backend: tokenizers.Tokenizer) -> dict[str, bool]:
+    """``add_prefix_space`` of a byte-level ``tokenizer.json``, as its side file spells it; nothing for others."""
+    state = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    return {name: state[name] for name in ("add_prefix_space",) if name in state}
+
+
+def _check_prefix_space(settings: dict[str, Any], backend: tokenizers.Tokenizer, folder: Path) -> None:
+    """Refuse a contradiction: transformers 4 follows the side file, 5 follows ``tokenizer.json``."""
+    for name, value in _prefix_space(backend).items():
+        if settings.get(name) not in (None, value):
+            raise ValueError(
+                f"{name} in {folder / 'tokenizer_config.json'} is {json.dumps(settings[name])}, expected "
+                f"{json.dumps(value)} as in tokenizer.json, or none"
+            )
 
 
 def _check_settings(settings: dict[str, Any], folder: Path) -> None:

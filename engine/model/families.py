@@ -122,7 +122,7 @@ def parse_architecture(hf_config: dict[str, Any], source: str = "config.json") -
 
 @dataclass(frozen=True)
 class _Keys:
-    """Values of ``config.json`` by their kind."""
+    """Reads values of ``config.json`` by their kind and names the key of one that is none."""
 
     hf_config: dict[str, Any]
     source: str

@@ -73,7 +73,10 @@ def _compare_vocabularies(tokenizer: Tokenizer, tokenizer_path: str, model_path:
     """
     if not any((Path(model_path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return False
-    own = load_tokenizer(model_path, "magicoder").backend.get_vocab(with_added_tokens=False)
+    try:
+        own = load_tokenizer(model_path, "magicoder").backend.get_vocab(with_added_tokens=False)
+    except ValueError:
+        return False  # why another one is named
     for content, i in sorted(own.items(), key=lambda item: item[1]):
         found = tokenizer.backend.id_to_token(i)
         if found != content:

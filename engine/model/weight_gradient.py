@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel import layers
 
-from reflectron.kernels.products import add_product, as_factor
+from reflectron.kernels.products import add_product, as_factor, without_autocast
 
 
 class AddmmExtension:
@@ -20,7 +20,7 @@ class AddmmExtension:
     def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         """main_grad += grad_output^T inputs, summed in float32: [out, in] += [tokens, out]^T [tokens, in]."""
         # Autocast would round the factors, and the sum with them.
-        with torch.autocast(main_grad.device.type, enabled=False):
+        with without_autocast(main_grad.device):
             add_product(main_grad, as_factor(grad_output).t(), as_factor(inputs))
 
 

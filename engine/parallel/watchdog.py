@@ -81,15 +81,17 @@ class Watchdog:
         that. Only where ``spawn_local`` watches over the ranks it need not.
         """
         self._failing = True
-        if not _lost_contact(error):
+        if _lost_contact(error):
+            self._talk.has_met()
+            if SUPERVISED not in os.environ:
+                # A launcher may know better, and must be able to end this rank meanwhile.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                if self._judged.wait(self.limits.silence_s + 2 * _HEARING_S + 2 * _CONNECT_S):
+                    self._leave()
+        elif self._talk.met:
             words = printable(f"{type(error).__name__}: {error}", 500)
             self.progress.note = replace(self.progress.note, words=words, order=self._talk.order_of_failing())
             self._talk.say_now(_CONNECT_S)
-        elif SUPERVISED not in os.environ:
-            # A launcher may know better, and must be able to end this rank meanwhile.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if self._judged.wait(self.limits.silence_s + 2 * _HEARING_S + 2 * _CONNECT_S):
-                self._leave()
         raise error
 
     def _watch(self) -> None:
@@ -142,6 +144,7 @@ class _Talk:
         self._said = threading.Event()
         self._publishing, self._published = "", threading.Event()
         self._store: Store | None = None
+        self._patience_s = _CONNECT_S
         self.thread = threading.Thread(target=self._run, daemon=True, name="watchdog store")
 
     # For the other threads of this rank; none of these waits for the store longer than it is told ---------------------
@@ -151,7 +154,18 @@ class _Talk:
         while not self._met.wait(self.beat_s):
             if self._ending.is_set():
                 return False
+            if self.progress.note.entered:
+                self.has_met()
         return True
+
+    @property
+    def met(self) -> bool:
+        """Whether the store could be reached."""
+        return self._met.is_set()
+
+    def has_met(self) -> None:
+        """This rank has met the others; who hosted the store may be gone before it is seen from here."""
+        self._met.set()
 
     def heard(self) -> dict[int, Note]:
         """The notes that this rank judges by."""
@@ -189,12 +203,12 @@ class _Talk:
     # The thread -------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        if not self._meet():
-            return
-        while True:
+        self._meet()
+        while self._met.is_set():
             ending = self._ending.is_set()
-            # Without a store, whose server ends with its process, the notes stay what they were: a silence.
-            with suppress(RuntimeError):
+            # Without a store, whose server ends with its process, the notes stay what they were: a silence. Nor must
+            # anything else that a store answers end this thread.
+            with suppress(Exception):
                 self._round()
                 self._rounds += 1
                 self._said.set()
@@ -203,22 +217,21 @@ class _Talk:
             self._hurry.wait(self.beat_s)
             self._hurry.clear()
 
-    def _meet(self) -> bool:
+    def _meet(self) -> None:
         """Wait until something listens where the store will be; rank 0 may prepare inputs for hours before it does."""
-        while not self._ending.is_set():
+        while not self._ending.is_set() and not self._met.is_set():
             with suppress(OSError), socket.create_connection(rendezvous.master(), timeout=_CONNECT_S):
+                self._patience_s = _FIRST_CONNECT_S
                 self._met.set()
-                return True
             self._ending.wait(min(self.beat_s, 0.5))
-        return False
 
     def _round(self) -> None:
         if self._store is None:
-            connect_s = _FIRST_CONNECT_S if self._rounds == 0 else _CONNECT_S
-            self._store = PrefixStore(self._seal.prefix(), rendezvous.connect_again(connect_s))
+            patience_s, self._patience_s = self._patience_s, _CONNECT_S
+            self._store = PrefixStore(self._seal.prefix(), rendezvous.connect_again(patience_s))
         try:
             self._exchange(self._store)
-        except RuntimeError:
+        except Exception:
             self._store = None
             raise
 

@@ -39,6 +39,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("empty.jsonl").touch()
     Path("bad.parquet").write_text("hello", encoding="utf-8")
     Path("bad.jsonl").write_text('{"query": \n' * 3, encoding="utf-8")
+    Path("one_bad.jsonl").write_text(SAMPLES.read_text(encoding="utf-8") + "{\n", encoding="utf-8")
+    Path("wrapped.json").write_text('{"data": [{"query": "x"}, {"query": "y"}]}', encoding="utf-8")
     Path("no_weights").mkdir()
     shutil.copy(MODEL / "config.json", "no_weights")
     shutil.copytree(MODEL, "another_model")
@@ -63,7 +65,15 @@ MISTAKES = {
         ["data.train[0].path=bad.jsonl"],
         ["data file bad.jsonl: 3 of 3 records are rejected", "out/token_store/train/rejects.jsonl", "(0.05)"],
     ),
-    "too many rejects": (["data.max_reject_share=0"], [f"{SAMPLES}: 1 of 25 records are rejected", "'too long' (1)"]),
+    "too many rejects": (
+        ["data.train[0].path=one_bad.jsonl", "data.max_reject_share=0"],
+        ["data file one_bad.jsonl: 1 of 26 records are rejected", "'bad JSON' (1)"],
+    ),
+    "only long samples": (["data.max_length=16"], ["data.max_length is 16, expected more: no sample is left of"]),
+    "a JSON object that holds the records": (
+        ["data.train[0].path=wrapped.json"],
+        ["data file wrapped.json cannot be read: it is one JSON object, whose list 'data' holds 2 objects"],
+    ),
     "no data": (["data.train=[]"], ["data.train is empty, expected at least one file"]),
     "missing model": (["model.path=missing"], ["missing: No such file or directory, expected a Hugging Face config"]),
     "model without config": (["model.path=empty_folder"], ["empty_folder/config.json: No such file or directory"]),

@@ -85,7 +85,9 @@ def test_golden_by_the_real_command(tmp_path: Path) -> None:
     out = tmp_path / "inspect.json"
     command = [sys.executable, "-m", "reflectron.tools.cli", *words("block_tce", "0.33", *MODEL, "--json", str(out))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"24 samples, 1 dropped -> {out}\n"
+    dropped, counts = done.stdout.splitlines()
+    assert dropped == f"24 samples, 1 dropped -> {out}"
+    assert counts == f"{GOLDEN_DIR / 'samples.jsonl'}: 24 samples, 1 too long (4.0%)"
     result = json.loads(out.read_text(encoding="utf-8"))
     check_samples(result, "block_tce", "0.33")
     check_losses(result, "block_tce", "0.33")

@@ -60,6 +60,9 @@ def call(name, *arguments):
     result = libc.syscall(ctypes.c_long(calls[name]), *packed)
     return -ctypes.get_errno() if result == -1 else result
 
+def mapped(file, size):
+    assert call("mmap", 0, size, 3, 1, file.fileno(), 0) > 0
+
 def refused(name, *arguments):
     result = call(name, *arguments)
     print(name, result if result in (-1, -38) else f"ESCAPED {result}")

@@ -102,7 +102,7 @@ def test_what_a_run_leaves(tp2: Run) -> None:
     resolved = load_config(str(tp2.folder / "config.yaml"), [])
     assert resolved == load_config(str(tp2.folder / "run.yaml"), TP2)
     lines = tp2.stdout.splitlines()
-    assert lines[:2] == [f"{GOLDEN_DIR / 'samples.jsonl'}: 24 samples, 1 rejected (too long 1)"] * 2
+    assert lines[:2] == [f"{GOLDEN_DIR / 'samples.jsonl'}: 24 samples, 1 too long (4.0%)"] * 2
     assert [line.split()[1] for line in lines if line.startswith("step ") and "validation" not in line] == [
         f"{step}/{STEPS}" for step in range(1, STEPS + 1)
     ]

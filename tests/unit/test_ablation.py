@@ -102,8 +102,8 @@ def test_files_are_told_apart_by_their_samples(store: TokenStore) -> None:
     assert kinds_of_files(store, 3) == ["reflection", "generation", "generation"]
     word = overrides_of("upsampling_1", FILES, ["reflection", "generation"])
     assert json.loads(word[0].removeprefix("data.train=")) == [
-        {"path": "a b.jsonl", "repeat": 1.0, "split": "train"},
-        {"path": "c.jsonl", "repeat": 0.5, "split": "train"},
+        {"path": "a b.jsonl", "repeat": 1.0, "split": "train", "revision": None},
+        {"path": "c.jsonl", "repeat": 0.5, "split": "train", "revision": None},
     ]
     for kinds, said in (
         (["mixed", "generation"], "a b.jsonl holds reflection and instruction samples, expected one kind"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -145,6 +146,20 @@ def test_a_link_that_leads_nowhere_is_taken_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with lock(tmp_path) as mine:  # type: ignore[attr-defined]
+        mine.check()
+        with pytest.raises(Locked, match=f"in use by process {os.getpid()} on "):
+            lock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    write_foreign(tmp_path)
+    lock(tmp_path, say=lambda _: None).release()  # type: ignore[attr-defined]
+
+
 def test_what_cannot_be_a_lock_is_named(tmp_path: Path) -> None:
     (tmp_path / LOCK_NAME).mkdir()
     with pytest.raises(ValueError, match="is a folder, expected a file or nothing: remove it"):
@@ -203,7 +218,7 @@ def test_a_holder_shows_that_it_lives_and_keeps_a_lock_that_was_damaged(tmp_path
             assert time.monotonic() < deadline
         path.write_text("garbage", encoding="utf-8")
         mine.check()
-        with pytest.raises(Locked, match="in use by another job"):
+        with pytest.raises(Locked, match="in use by a job that its lock does not name"):
             lock(tmp_path, say=lambda _: None)
 
 

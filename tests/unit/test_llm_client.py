@@ -355,7 +355,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 
 def test_a_journal_has_one_writer(tmp_path: Path) -> None:
-    with Journal(tmp_path / "a.jsonl"), pytest.raises(ValueError, match="written by another process"):
+    with Journal(tmp_path / "a.jsonl"), pytest.raises(ValueError, match="is in use by process"):
         Journal(tmp_path / "a.jsonl")
 
 

@@ -138,6 +138,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     ),
     "rows.json": (json.dumps({"n": 3, "rows": [{"row": r} for r in ROWS]}).encode(), "whose list 'rows' holds 3"),
     "wrapped-pretty.json": (json.dumps({"data": ROWS}, indent=1).encode(), "line 1 begins a JSON object that goes on"),
+    "wrapped-lines.json": (b'{"data": [\n{"a": "x"},\n{"a": "y"}\n]}', "line 1 begins a JSON object that goes on"),
     "object-pretty.json": (json.dumps(ROWS[0], indent=1).encode(), "line 1 begins a JSON object that goes on over"),
     "columns.json": (b'{"instruction": {"0": "a", "1": "b"}, "output": {"0": "c", "1": "d"}}', "object, of columns"),
     "lists.json": (b'{"instruction": ["a", "b"], "output": ["c", "d"]}', "object, of columns"),

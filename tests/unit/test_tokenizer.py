@@ -265,6 +265,23 @@ def test_settings_that_change_the_ids_of_a_plain_model_are_refused(tmp_path: Pat
     load_tokenizer(str(tmp_path), "reflection")
 
 
+@pytest.mark.parametrize("prefix_space", [True, False])
+def test_a_prefix_space_stays_as_tokenizer_json_has_it(tmp_path: Path, prefix_space: bool) -> None:
+    """transformers 4 sets it to what the side file says, and to false without; transformers 5 does not."""
+    folder = qwen_like(tmp_path / "qwen")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": prefix_space, "trim_offsets": True}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    load_tokenizer(str(folder), "reflection").save(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is prefix_space
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_prefix_space": not prefix_space}))
+    with pytest.raises(
+        ValueError, match=r"^add_prefix_space in .*tokenizer_config.json is .*, expected .* as in tokeniz"
+    ):
+        load_tokenizer(str(folder), "reflection")
+
+
 SPELT = {
     "golden": ["<s>", "</s>", "<unk>"],
     "bpe": ["<s>", "</s>", "<unk>"],

@@ -225,7 +225,13 @@ class Life:
         return next((code for code in codes if code), 0)
 
     def killed_by_trap(self) -> bool:
-        """Whether the main rank was the first to go, by SIGKILL."""
+        """Whether the main rank goes by SIGKILL, now that the first one has gone.
+
+        Others may notice its end before the kernel has taken it down.
+        """
+        end = time.monotonic() + _GRACE_S
+        while _alive(self.ranks[0]) and time.monotonic() < end:
+            time.sleep(_POLL_S)
         return not _alive(self.ranks[0]) and self.ranks[0].wait() == -signal.SIGKILL
 
     def kill(self, victims: list[psutil.Process]) -> None:

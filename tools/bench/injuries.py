@@ -12,7 +12,7 @@ from reflectron.engine.checkpoint.manifest import DamagedCheckpoint, check_file,
 from reflectron.engine.checkpoint.retention import step_folder, steps_to_try
 from reflectron.engine.files import remove
 
-Damage = Callable[[Path, random.Random], None]
+Damage = Callable[[Path, random.Random], object]
 
 
 def _flip_bit(path: Path, generator: random.Random) -> None:
@@ -56,7 +56,7 @@ DAMAGES: dict[str, Damage] = {
     "flipped bit": _flip_bit,
     "cut end": _cut_end,
     "zeroed end": _zero_end,
-    "emptied": lambda path, _: path.write_bytes(b"") and None,
+    "emptied": lambda path, _: path.write_bytes(b""),
     "garbage": _garbage,
     "missing": lambda path, _: path.unlink(),
     "a folder": _folder,

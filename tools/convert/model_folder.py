@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from reflectron.engine.checkpoint.dist_source import METADATA_FILE, DistSource, open_weights
-from reflectron.engine.checkpoint.hf_folder import write_description
+from reflectron.engine.checkpoint.dist_metadata import METADATA_FILE
+from reflectron.engine.checkpoint.dist_source import DistSource, open_weights
+from reflectron.engine.checkpoint.hf_folder import write_description, write_json
 from reflectron.engine.checkpoint.hf_table import EMBEDDING, HfPiece, checkpoint_tensors
 from reflectron.engine.checkpoint.manifest import MANIFEST, check_file, read_manifest
 from reflectron.engine.checkpoint.sources import SafetensorsSource
@@ -26,7 +27,10 @@ from reflectron.engine.preparation import ModelInputs, read_model_inputs
 from reflectron.tools.load_config import config_from
 
 # What holds weights, in either format.
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.distcp", METADATA_FILE, "common.pt", "metadata.json")
+_WEIGHT_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("*.distcp", METADATA_FILE, "common.pt", "metadata.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class ModelFolder:
             write_description(target, self.trained, dtype)
         else:
             shutil.copytree(self.folder, target, ignore=shutil.ignore_patterns(*_WEIGHT_FILES), dirs_exist_ok=True)
+            name = str(dtype).removeprefix("torch.")
+            write_json(target / "config.json", read_hf_config(target) | {"torch_dtype": name, "dtype": name})
 
 
 def open_model_folder(path: str) -> ModelFolder:
@@ -105,7 +111,7 @@ def write_model_folder(model: ModelFolder, out: str, dtype: torch.dtype, write: 
     with take_lock(target.with_name(f"{target.name}.lock"), f"folder {out}"):
         if target.exists():
             raise ValueError(f"{out} exists, expected the name of a new folder")
-        remove_temporaries(target)
+        remove_temporaries(target.parent, target.name)
         partial = target.with_name(temporary_name(target.name, "partial"))
         try:
             _write_model_folder(model, target, partial, dtype, write)

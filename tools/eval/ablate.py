@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from reflectron.engine.files import write_text
 from reflectron.engine.job_lock import lock_folder
 from reflectron.engine.parallel.launch import REQUEUE_EXIT_CODE, resolve_environment
 from reflectron.engine.parallel.machine import check_machine
 from reflectron.tools.eval.generate import add_answer_arguments
 from reflectron.tools.eval.problems import find_problems, load_problems
-from reflectron.tools.eval.rows import write_text
 from reflectron.tools.eval.score import add_scoring_arguments, scoring_limits
 from reflectron.tools.eval.variants import GROUPS, chosen
 from reflectron.tools.load_config import add_config_arguments, load_config

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from reflectron.engine.files import write_text
 from reflectron.tools.eval.intervals import Estimate, difference, share
-from reflectron.tools.eval.rows import write_text
 from reflectron.tools.eval.score import suite_name
 from reflectron.tools.eval.variants import FULL
 

@@ -20,13 +20,14 @@ from types import FrameType
 from typing import Any
 
 from reflectron.engine.checkpoint.retention import checkpoints_folder
+from reflectron.engine.files import write_text
 from reflectron.engine.parallel.launch import die_with
 from reflectron.tools.bench.rows import commit, installed_version
 from reflectron.tools.eval import run as eval_run
 from reflectron.tools.eval.ablation_plan import Run
 from reflectron.tools.eval.generate import generation_settings
 from reflectron.tools.eval.problems import find_problems
-from reflectron.tools.eval.rows import read_json_lines, write_text
+from reflectron.tools.eval.rows import read_json_lines
 
 _RESULT_FILE = "result.json"
 _TOKENS = ("tokens_teacher", "tokens_student", "tokens_generation")

@@ -20,8 +20,8 @@ from pathlib import Path
 from reflectron.tools.eval.answers import copy_script
 from reflectron.tools.eval.verdict import Verdict
 from reflectron.tools.sandbox import wall
+from reflectron.tools.sandbox.home import sandbox_folder
 from reflectron.tools.sandbox.limits import Limits, SandboxKind
-from reflectron.tools.sandbox.process import sandbox_folder
 from reflectron.tools.sandbox.sandboxed import Sandboxed
 
 # Of the clock: the imports on a loaded machine.

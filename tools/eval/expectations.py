@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS, MBPP_OUTPUT_SET_EQ_TASKS
 
+from reflectron.engine.files import write_text
 from reflectron.engine.text import printable
 from reflectron.tools.eval.answers import AnswerPipes, Program
-from reflectron.tools.eval.rows import write_text
 from reflectron.tools.sandbox.plain_data import (
     FORMAT_VERSION,
     DataLimits,

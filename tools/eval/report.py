@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reflectron.engine.files import write_text
 from reflectron.tools.eval.published import PUBLISHED
-from reflectron.tools.eval.rows import write_text
 from reflectron.tools.eval.score import suite_name
 
 _SHOWN_FAILURES = 200

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from reflectron.engine.files import write_text
 from reflectron.tools.eval.decoding import Unanswered
 from reflectron.tools.eval.generate import add_generation_arguments, generate, stopped
 from reflectron.tools.eval.problems import ProblemFile, find_problems, load_problems
-from reflectron.tools.eval.rows import write_text
 from reflectron.tools.eval.samples import read_samples
 from reflectron.tools.eval.score import add_scoring_arguments, describe, score_samples, scoring_limits
 from reflectron.tools.sandbox.process import choose_sandbox

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from reflectron.engine.files import write_text
 from reflectron.tools.eval.functions import check_tests, judge_function
 from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, says_how_to_resume, tracked
 from reflectron.tools.eval.problems import (
@@ -26,7 +27,6 @@ from reflectron.tools.eval.problems import (
     load_problems,
 )
 from reflectron.tools.eval.programs import judge_program, shares_by_group, with_toolchain
-from reflectron.tools.eval.rows import write_text
 from reflectron.tools.eval.samples import Sample, read_samples
 from reflectron.tools.eval.verdict import LONGER_SECONDS, SUITES, Verdict, Verdicts
 from reflectron.tools.eval.verdict_file import VerdictFile, verdict_keys
