@@ -7,7 +7,6 @@ holds and nothing else.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from reflectron.engine.checkpoint.hf_table import EMBEDDING, OUTPUT_LAYER
+from reflectron.engine.json_file import read_object
 from reflectron.engine.text import printable
 
 _ROWS_AT_A_TIME = 4096
@@ -135,9 +135,16 @@ class SafetensorsSource:
 def _weight_map(index: Path) -> dict[str, str]:
     """Which tensor is in which file beside ``index``."""
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = read_object(index).get("weight_map")
+    except OSError as error:
         raise _unreadable(index, error) from None
+    except ValueError as error:
+        raise ValueError(f"{error}; download or copy it again") from None
+    if not isinstance(weight_map, dict):
+        raise ValueError(
+            f"{index}: weight_map is {printable(weight_map, 100)}, expected each tensor with its file; download or copy "
+            "it again"
+        )
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index}: {printable(name, 100)} is in {file!r}, expected the name of a file beside it")

@@ -21,11 +21,43 @@ def _zstd(raw: IO[bytes]) -> Any:
     return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
 
 
+class _Members:
+    """Compressed streams one after another, with zeros between or behind them.
+
+    Python's own readers of bzip2 and xz end without a word where a stream behind the first is damaged.
+    """
+
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
+        self._raw, self._new, self._decoder = raw, new, new()
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes; none at the end."""
+        while True:
+            data = b""
+            if self._decoder.eof:
+                if not (data := self._behind()):
+                    return b""
+                self._decoder = self._new()
+            elif self._decoder.needs_input and not (data := self._raw.read(_BLOCK_BYTES)):
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            if block := self._decoder.decompress(data, size):
+                return block
+
+    def _behind(self) -> bytes:
+        """What follows the stream that has ended, from the first byte that is not zero."""
+        data = self._decoder.unused_data.lstrip(b"\0")
+        while not data and (more := self._raw.read(_BLOCK_BYTES)):
+            data = more.lstrip(b"\0")
+        return data
+
+
 _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"BZh": lambda raw: _Members(raw, bz2.BZ2Decompressor),
+    b"\xfd7zXZ\x00": lambda raw: _Members(raw, lzma.LZMADecompressor),
     b"\x28\xb5\x2f\xfd": _zstd,
+    # A frame that is skipped, with which pzstd begins.
+    b"\x50\x2a\x4d\x18": _zstd,
 }
 """By the bytes with which a compressed file begins."""
 PARQUET_MAGIC = b"PAR1"

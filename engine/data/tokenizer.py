@@ -19,6 +19,8 @@ from typing import Any, Literal
 import tokenizers
 
 from reflectron.engine.data.sentencepiece_model import convert_sentencepiece
+from reflectron.engine.json_file import read_object
+from reflectron.engine.text import printable
 
 TAGS = ("<|user|>", "<|assistant|>", "<|text|>", "<|code|>", "<|execution|>", "<|endofblock|>", "<|endofmessage|>")
 """The tags of a rendered conversation, in the order in which they get their ids."""
@@ -61,6 +63,7 @@ _MAGICODER_CHAT = """\
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LOOKS_SPECIAL = re.compile(r"<[|｜].+[|｜]>|<(fim|file|repo|reponame|issue|jupyter|gh)[_-]\w+>|▁?<(PRE|SUF|MID|EOT)>")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _CARRIED_SETTINGS = ("model_max_length", "add_bos_token", "add_eos_token", "padding_side")
 
 
@@ -196,6 +199,7 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     folder = source if source.is_dir() else source.parent
     model_file = source / "tokenizer.model" if source.is_dir() else source
     settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    _check_names(settings, folder)
     json_file = source / "tokenizer.json"
     if json_file.is_file():
         backend = _from_json(json_file)
@@ -256,16 +260,57 @@ def _add_tags(backend: tokenizers.Tokenizer) -> tuple[dict[str, int], dict[str, 
 
 def _add_declared(backend: tokenizers.Tokenizer, settings: dict[str, Any], folder: Path) -> None:
     """Add tokens that only the side files of older folders declare, at the ids declared."""
-    declared = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-    for content, i in _read_json(folder / "added_tokens.json").items():
-        declared.setdefault(i, {"content": content, "special": True, "normalized": False})
-    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    for i, token in sorted(declared.items()):
+    for i, token in sorted(_declared_tokens(settings, folder).items()):
         if backend.token_to_id(token["content"]) is None:
-            added = tokenizers.AddedToken(**{flag: token[flag] for flag in flags if flag in token})
-            backend.add_tokens([added])
+            backend.add_tokens([tokenizers.AddedToken(**token)])
         if (found := backend.token_to_id(token["content"])) != i:
             raise ValueError(f"token {token['content']!r} of {folder} has id {found}, expected {i} as declared there")
+
+
+def _declared_tokens(settings: dict[str, Any], folder: Path) -> dict[int, dict[str, Any]]:
+    """Content and flags of the tokens that the side files declare, by id."""
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(
+            f"added_tokens_decoder in {folder / 'tokenizer_config.json'} is {printable(decoder, 100)}, "
+            "expected an object of tokens by id"
+        )
+    declared = {}
+    for i, token in decoder.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        flags = {flag: token[flag] for flag in _FLAGS if flag in token} if isinstance(token, dict) else {}
+        if not i.isdecimal() or not isinstance(content, str) or not {type(v) for v in flags.values()} <= {bool}:
+            raise ValueError(
+                f"added_tokens_decoder in {folder / 'tokenizer_config.json'} has {printable(i, 40)}: "
+                f"{printable(token, 100)}, expected an id with a token's content and flags"
+            )
+        declared[int(i)] = {"content": content, **flags}
+    for content, number in _read_json(folder / "added_tokens.json").items():
+        if type(number) is not int:
+            raise ValueError(
+                f"{folder / 'added_tokens.json'} gives {printable(content, 60)} the id {printable(repr(number), 60)}, "
+                "expected a whole number"
+            )
+        declared.setdefault(number, {"content": content, "special": True, "normalized": False})
+    return declared
+
+
+def _check_names(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse a named token that is no text, and a list of special tokens that holds something else."""
+    listed = ("additional_special_tokens", "extra_special_tokens")
+    values = {name: [settings.get(name)] for name in _NAMED_TOKENS}
+    for name in listed:
+        several = settings.get(name) or []
+        values[name] = list(several.values()) if isinstance(several, dict) else several
+    for name, tokens in values.items():
+        is_list = isinstance(tokens, list)
+        found = [token for token in tokens if token is not None] if is_list else []
+        contents = [token.get("content") if isinstance(token, dict) else token for token in found]
+        if not is_list or not all(isinstance(content, str) for content in contents):
+            raise ValueError(
+                f"{name} of the tokenizer {folder} is {printable(repr(settings[name]), 100)}, expected "
+                f"{'texts' if name in listed else 'a text, or null'}: correct tokenizer_config.json"
+            )
 
 
 def _from_json(path: Path) -> tokenizers.Tokenizer:
@@ -285,7 +330,7 @@ def _special_id(backend: tokenizers.Tokenizer, named: dict[str, str], name: str,
 
 
 def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, dict[str, Any]]:
-    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    flags = ("content", *_FLAGS)
     added = sorted(backend.get_added_tokens_decoder().items())
     return {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added}
 
@@ -295,7 +340,4 @@ def _content(token: Any) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    return read_object(path) if path.is_file() else {}

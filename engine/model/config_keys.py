@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from reflectron.engine.text import printable
+
 # Values under which a key has no effect; any other value of it is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": (None, "silu", "swish"),
@@ -29,6 +31,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "auto_map": (None, {}),
     "transformers_weights": (None,),
     "position_embedding_type": (None, "rope", "rotary"),
+    # What a Llama computes in any case, as Falcon3 says it.
+    "activation": (None, "swiglu", "silu"),
 }
 # Keys that the families know, whose names would otherwise look as if they changed the forward.
 _KNOWN = {
@@ -65,25 +69,29 @@ def check_keys(hf_config: Mapping[str, Any], family: str, source: str) -> None:
     for key, neutral in _NEUTRAL.items():
         if not _is_one_of(hf_config.get(key), neutral):
             expected = " or ".join(json.dumps(value) for value in neutral)
-            raise ValueError(f"{source}: {key} is {hf_config[key]!r}, which is not supported; expected {expected}")
+            found = _shown(hf_config[key])
+            raise ValueError(f"{source}: {key} is {found}, which is not supported; expected {expected}")
     if family != "qwen2" and hf_config.get("attention_bias"):
         # Llama's and Qwen3's attention_bias adds one to o_proj as well, which no published checkpoint uses.
         raise ValueError(
             f"{source}: attention_bias is {hf_config['attention_bias']!r}, which is not supported for {family}; "
             "expected false"
         )
-    for index, kind in enumerate(hf_config.get("layer_types") or ()):
+    layer_types = hf_config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"{source}: layer_types is {_shown(layer_types)}, expected a list of 'full_attention'")
+    for index, kind in enumerate(layer_types):
         if kind != "full_attention":
             raise ValueError(
-                f"{source}: layer_types[{index}] is {kind!r}, which is not supported; expected 'full_attention'"
+                f"{source}: layer_types[{index}] is {_shown(kind)}, which is not supported; expected 'full_attention'"
             )
     _check_class(hf_config.get("architectures"), family, source)
     known = _KNOWN | _KNOWN_OF[family] | set(_NEUTRAL)
     for key, value in hf_config.items():
         if key not in known and _SPEAKS_OF_THE_FORWARD.search(key) and value and not _is_one_of(value, _OFF):
             raise ValueError(
-                f"{source}: {key} is {value!r}, which is no key of {family} and may change what the model computes; "
-                "expected no such key (remove it if it has no effect)"
+                f"{source}: {printable(key, 100)} is {_shown(value)}, which is no key of {family} and may change what "
+                "the model computes; expected no such key (remove it if it has no effect)"
             )
 
 
@@ -93,9 +101,13 @@ def _check_class(architectures: Any, family: str, source: str) -> None:
     # LLaMAForCausalLM is how the first conversions spelt it.
     if not isinstance(architectures, list) or _CLASSES[family].lower() not in [str(a).lower() for a in architectures]:
         raise ValueError(
-            f"{source}: architectures is {architectures!r}, which is not supported for model_type {family!r}; "
+            f"{source}: architectures is {_shown(architectures)}, which is not supported for model_type {family!r}; "
             f"expected [{_CLASSES[family]!r}]"
         )
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value), 100)
 
 
 def _is_one_of(value: Any, accepted: tuple[Any, ...]) -> bool:

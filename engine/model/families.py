@@ -7,15 +7,16 @@ refused by its key.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from reflectron.engine.config import ParallelConfig
+from reflectron.engine.json_file import read_object
 from reflectron.engine.model.config_keys import check_keys
 from reflectron.engine.model.rope_parameters import RopeParameters
+from reflectron.engine.text import printable
 
 Family = Literal["llama", "qwen2", "qwen3"]
 
@@ -30,6 +31,10 @@ CHECKPOINT_NAMES = {
 _DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 _DEFAULT_KEY_VALUE_HEADS = {"llama": None, "qwen2": 32, "qwen3": 32}
 _DEFAULT_HEAD_DIM = {"llama": None, "qwen2": None, "qwen3": 128}
+
+# No model comes near; beyond it the names of the tensors alone would fill the memory.
+_MOST_LAYERS = 10_000
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +80,9 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     try:
-        hf_config = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}, expected a Hugging Face config.json") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(hf_config, dict):
-        raise ValueError(f"{file} holds a {type(hf_config).__name__}, expected a JSON object")
-    return hf_config
 
 
 def parse_architecture(hf_config: dict[str, Any], source: str = "config.json") -> Architecture:
@@ -104,7 +104,7 @@ def parse_architecture(hf_config: dict[str, Any], source: str = "config.json") -
         )
     return Architecture(
         family=family,
-        num_layers=keys.integer("num_hidden_layers"),
+        num_layers=keys.integer("num_hidden_layers", _MOST_LAYERS),
         hidden_size=hidden,
         ffn_hidden_size=keys.integer("intermediate_size"),
         num_attention_heads=heads,
@@ -127,16 +127,18 @@ class _Keys:
     hf_config: dict[str, Any]
     source: str
 
-    def integer(self, key: str) -> int:
-        value = self.optional_integer(key, None)
+    def integer(self, key: str, most: int = _MOST) -> int:
+        value = self.optional_integer(key, None, most)
         if value is None:
             raise ValueError(f"{self.source}: {key} is None, expected a whole number of at least 1")
         return value
 
-    def optional_integer(self, key: str, default: int | None) -> int | None:
+    def optional_integer(self, key: str, default: int | None, most: int = _MOST) -> int | None:
         value = self.hf_config.get(key, default)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{self.source}: {key} is {value!r}, expected a whole number of at least 1")
+        if value is not None and value > most:
+            raise ValueError(f"{self.source}: {key} is {printable(value, 40)}, expected at most {most}")
         return value
 
     def number(self, key: str, default: float) -> float:

@@ -130,12 +130,12 @@ def _rope_type(scaling: dict[str, Any], key: str, source: str) -> str:
             f"{source}: {key}.rope_type is {new!r} and {key}.type {old!r}, which contradict each other; keep one"
         )
     rope_type = new or old or "default"
-    if rope_type not in _REQUIRED:
+    if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
         *names, last = map(repr, _REQUIRED)
         raise ValueError(
             f"{source}: {key}.rope_type is {rope_type!r}, which is not supported; expected {', '.join(names)} or {last}"
         )
-    return str(rope_type)
+    return rope_type
 
 
 def _check_scaling(scaling: Mapping[str, Any], rope_type: str, key: str, source: str) -> None:

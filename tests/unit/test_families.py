@@ -263,6 +263,7 @@ def test_the_families_have_defaults_of_their_own() -> None:
         {"architectures": ["LLaMAForCausalLM"], "hidden_act": "swish"},
         {"layer_types": ["full_attention"] * 32},
         {"use_mrope": False, "max_window_layers": 28},
+        {"activation": "swiglu"},
     ],
 )
 def test_keys_without_effect_are_accepted(harmless: dict[str, Any]) -> None:
@@ -356,6 +357,21 @@ def test_a_head_need_not_be_a_share_of_the_hidden_size() -> None:
             "expected no such key (remove it if it has no effect)",
         ),
         (CODELLAMA_7B, {"hidden_size": True}, "hidden_size is True, expected a whole number of at least 1"),
+        (CODELLAMA_7B, {"vocab_size": 2**40}, "vocab_size is 1099511627776, expected at most 2147483647"),
+        (CODELLAMA_7B, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 10000"),
+        (CODELLAMA_7B, {"layer_types": 5}, "layer_types is 5, expected a list of 'full_attention'"),
+        (
+            CODELLAMA_7B,
+            {"rope_scaling": {"rope_type": ["yarn"]}},
+            "rope_scaling.rope_type is ['yarn'], which is not supported; expected 'default', 'linear', 'llama3' or "
+            "'yarn'",
+        ),
+        (
+            CODELLAMA_7B,
+            {"moe\n\x1b[31m": "x" * 10_000},
+            f"moe \\x1b[31m is '{'x' * 98}…, which is no key of llama and may change what the model computes; expected "
+            "no such key (remove it if it has no effect)",
+        ),
     ],
 )
 def test_refusals_name_the_key(hf_config: dict[str, Any], change: dict[str, Any], message: str) -> None:
@@ -376,6 +392,7 @@ def test_config_is_read_from_a_folder_or_a_file(tmp_path: Path) -> None:
         (None, "{file}: No such file or directory, expected a Hugging Face config.json"),
         ("{", "{file} is not JSON: Expecting property name"),
         ("[1]", "{file} holds a list, expected a JSON object"),
+        ("[" * 100_000, "{file} is not JSON: maximum recursion depth"),
     ],
 )
 def test_unreadable_config_names_the_file(tmp_path: Path, content: str | None, message: str) -> None:

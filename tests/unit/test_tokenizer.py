@@ -403,6 +403,50 @@ def test_tokens_that_only_side_files_declare_are_added(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path), "reflection")
 
 
+MISTAKES: dict[str, tuple[str, Any, str]] = {
+    "a list": ("tokenizer_config.json", [], "holds a list, expected a JSON object"),
+    "null": ("special_tokens_map.json", None, "holds a NoneType, expected a JSON object"),
+    "a list of tokens": ("added_tokens.json", ["<a>"], "holds a list, expected a JSON object"),
+    "an id in quotes": ("added_tokens.json", {"<a>": "5"}, "gives <a> the id '5', expected a whole number"),
+    "tokens without ids": ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder in "),
+    "an id of letters": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "has x: "),
+    "no content": ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"special": True}}}, "has 5: "),
+    "a bare content": ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<a>"}}, "has 5: <a>, expected"),
+    "a number as content": ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": 5}}}, "has 5: "),
+    "a flag of 0": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"5": {"content": "a", "special": None}}},
+        "5: ",
+    ),
+    "a number": ("tokenizer_config.json", {"eos_token": 2}, "is 2, expected a text, or null"),
+    "false": ("tokenizer_config.json", {"eos_token": False}, "is False, expected a text, or null"),
+    "several": ("tokenizer_config.json", {"eos_token": ["</s>"]}, "is ['</s>'], expected a text"),
+    "an object": ("special_tokens_map.json", {"bos_token": {"id": 1}}, "is {'id': 1}, expected a text"),
+    "a name": ("tokenizer_config.json", {"additional_special_tokens": "<a>"}, "is '<a>', expected texts"),
+    "a number of names": ("tokenizer_config.json", {"extra_special_tokens": 5}, "is 5, expected texts"),
+    "numbers": ("tokenizer_config.json", {"extra_special_tokens": {"image": 5}}, "is {'image': 5}, expected texts"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_side_files_are_one_line(tmp_path: Path, name: str) -> None:
+    file, content, said = MISTAKES[name]
+    sentencepiece_model(tmp_path / "tokenizer.model", model_type="bpe")
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^\S") as caught:
+        load_tokenizer(str(tmp_path), "magicoder")
+    assert said in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_side_files_nested_without_end_are_no_json(tmp_path: Path) -> None:
+    sentencepiece_model(tmp_path / "tokenizer.model", model_type="bpe")
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON: maximum recursion depth"):
+        load_tokenizer(str(tmp_path), "magicoder")
+
+
 @pytest.mark.parametrize("template", ["reflection", "magicoder"])
 def test_transformers_loads_the_saved_folder(tmp_path: Path, template: Any) -> None:
     for name, source in sources(tmp_path).items():

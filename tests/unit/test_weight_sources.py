@@ -100,10 +100,18 @@ def cut_off(file: str) -> Callable[[Path], None]:
             lambda folder: save_file({}, folder / FIRST),
             f"/{FIRST} cannot be read: File does not contain tensor {EMBEDDING}",
         ),
-        (cut_off("model.safetensors.index.json"), "/model.safetensors.index.json cannot be read: "),
+        (cut_off("model.safetensors.index.json"), "/model.safetensors.index.json is not JSON: "),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 100_000),
+            "/model.safetensors.index.json is not JSON: maximum recursion depth",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": [["a", "b"]]}'),
+            "/model.safetensors.index.json: weight_map is [['a', 'b']], expected each tensor with its file",
+        ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"metadata": {}}'),
-            "/model.safetensors.index.json cannot be read: 'weight_map'",
+            "/model.safetensors.index.json: weight_map is None, expected each tensor with its file",
         ),
     ],
 )
