@@ -142,8 +142,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{error}; download or copy it again") from None
     if not isinstance(weight_map, dict):
         raise ValueError(
-            f"{index}: weight_map is {printable(weight_map, 100)}, expected each tensor with its file; download or copy "
-            "it again"
+            f"{index}: weight_map is {printable(weight_map, 100)}, expected each tensor with its file; download or "
+            "copy it again"
         )
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:

@@ -214,11 +214,13 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     # Settings stored for inference must not cut or pad training samples.
     backend.no_truncation()
     backend.no_padding()
+    own = backend.get_vocab(with_added_tokens=True)
     _add_declared(backend, settings, folder)
     named = {name: _content(settings[name]) for name in _NAMED_TOKENS if settings.get(name) is not None}
     eos_id = _special_id(backend, named, "eos_token", source)
     bos_id = _special_id(backend, named, "bos_token", source) if "bos_token" in named else eos_id
     tag_ids, sub_tokens = _add_tags(backend) if template == "reflection" else ({}, {})
+    _check_new_ids(own, backend, source)
     kept = model_file if model_file.is_file() else None
     return Tokenizer(backend, template, bos_id, eos_id, tag_ids, sub_tokens, settings | named, kept)
 
@@ -265,6 +267,18 @@ def _add_declared(backend: tokenizers.Tokenizer, settings: dict[str, Any], folde
             backend.add_tokens([tokenizers.AddedToken(**token)])
         if (found := backend.token_to_id(token["content"])) != i:
             raise ValueError(f"token {token['content']!r} of {folder} has id {found}, expected {i} as declared there")
+
+
+def _check_new_ids(own: dict[str, int], backend: tokenizers.Tokenizer, source: Path) -> None:
+    """Refuse a new token with an old one's id: the package counts tokens, so it hits one where ids have gaps."""
+    by_id = {i: content for content, i in own.items()}
+    for content, i in backend.get_vocab(with_added_tokens=True).items():
+        if content not in own and i in by_id:
+            raise ValueError(
+                f"the ids of the tokenizer {source} have gaps: the new token {printable(repr(content), 60)} would get "
+                f"id {i}, which is that of {printable(repr(by_id[i]), 60)}; fill the gaps with unused tokens in "
+                "tokenizer.json"
+            )
 
 
 def _declared_tokens(settings: dict[str, Any], folder: Path) -> dict[int, dict[str, Any]]:

@@ -52,13 +52,15 @@ def _new_rows(arch: Architecture, tokenizer: Tokenizer, tokenizer_path: str) -> 
     tags = {tokenizer.tag_ids[tag] for tag in tokenizer.tag_sub_tokens}
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     new = sorted(i for i in set(vocabulary.values()) - tags if i >= arch.vocab_size)
-    if len(new) > _MOST_NEW_TOKENS:
-        raise ValueError(
-            f"{tokenizer_path}: the tokenizer has {len(new)} tokens beyond the model's rows (vocab_size "
-            f"{arch.vocab_size}), expected at most {_MOST_NEW_TOKENS}: it is another model's; set tokenizer.path"
-        )
     if not new:
         return []
+    # Ids may have gaps, and each needs a row.
+    if (rows := new[-1] + 1 - arch.vocab_size) > _MOST_NEW_TOKENS:
+        raise ValueError(
+            f"{tokenizer_path}: the tokenizer has ids up to {new[-1]}, which need {rows} more rows than the model has "
+            f"(vocab_size {arch.vocab_size}), expected at most {_MOST_NEW_TOKENS}: it is another model's; set "
+            "tokenizer.path"
+        )
     return [
         f"the tokenizer has {len(new)} tokens that the model has no rows for (ids {new[0]} to {new[-1]}, vocab_size "
         f"{arch.vocab_size}): they get new rows, each the mean of the old ones"

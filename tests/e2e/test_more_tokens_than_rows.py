@@ -103,7 +103,7 @@ def test_it_trains_with_new_rows(tmp_path: Path, capfd: pytest.CaptureFixture[st
     ("words", "behind", "folder", "message"),
     [
         ([*WORDS[:3], "f", "def", *WORDS[5:]], [], "other", "token 3 is 'f', but 'def' in the tokenizer of"),
-        (WORDS + [f"w{i}" for i in range(1100)], [], "model", "1100 tokens beyond the model's rows (vocab_size 8)"),
+        (WORDS + [f"w{i}" for i in range(1100)], [], "model", "need 1100 more rows than the model has (vocab_size 8)"),
         (["<unk>", "</s>", "<s>", *WORDS[3:]], [], "alone", "eos_token of the tokenizer has id 1, eos_token_id of"),
     ],
 )

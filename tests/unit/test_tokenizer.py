@@ -403,6 +403,16 @@ def test_tokens_that_only_side_files_declare_are_added(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path), "reflection")
 
 
+def test_a_new_token_takes_no_id_that_another_has(tmp_path: Path) -> None:
+    folder = qwen_like(tmp_path / "qwen")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"]["zz"] = max(load_tokenizer(str(folder), "reflection").tag_ids.values())
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    assert load_tokenizer(str(folder), "magicoder").encode("a")
+    with pytest.raises(ValueError, match=r"have gaps: the new token '<\|.* would get id \d+, which is that of 'zz'"):
+        load_tokenizer(str(folder), "reflection")
+
+
 MISTAKES: dict[str, tuple[str, Any, str]] = {
     "a list": ("tokenizer_config.json", [], "holds a list, expected a JSON object"),
     "null": ("special_tokens_map.json", None, "holds a NoneType, expected a JSON object"),
