@@ -136,14 +136,15 @@ def _look_on_main(config: Config, inputs: RunInputs, nothing_to_do: NothingToDo)
     """What ``nothing_to_do`` says on the main rank, on every rank alike: files are read once, and none disagrees."""
     import torch.distributed as dist
 
-    found: list[tuple[str | None, str]] = [(None, "")]
+    from reflectron.engine.checkpoint.on_main import from_main
+
+    reason, mistake = None, ""
     if dist.get_rank() == 0:
         try:
-            found = [(nothing_to_do(config, inputs), "")]
+            reason = nothing_to_do(config, inputs)
         except ValueError as error:
-            found = [(None, str(error))]
-    dist.broadcast_object_list(found)
-    reason, mistake = found[0]
+            mistake = str(error)
+    reason, mistake = from_main((reason, mistake))
     if mistake:
         raise ValueError(mistake)
     return reason

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from reflectron.engine.job_lock import LockLost
 from reflectron.engine.text import printable
+
+T = TypeVar("T")
 
 # What writing a file raises: torch's writer and safetensors have types of their own.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, LockLost)
@@ -33,7 +36,7 @@ def first_error(error: str) -> str:
     return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), "")
 
 
-def from_main(value: str) -> str:
+def from_main(value: T) -> T:
     """The main rank's ``value``, on every rank."""
     values = [value]
     dist.broadcast_object_list(values)

@@ -9,7 +9,8 @@ from typing import Any
 import torch.distributed as dist
 
 from reflectron.engine.checkpoint.manifest import DamagedCheckpoint, Manifest, check_file, read_manifest
-from reflectron.engine.checkpoint.retention import Candidates, step_folder, steps_to_try
+from reflectron.engine.checkpoint.on_main import from_main
+from reflectron.engine.checkpoint.retention import step_folder, steps_to_try
 from reflectron.engine.checkpoint.run_identity import check_same_run
 
 
@@ -39,9 +40,8 @@ def find_resume_point(root: Path, identity: dict[str, Any]) -> ResumePoint | Non
         ValueError: when all are damaged, naming the files, or when they are another run's.
     """
     # One rank looks: a shared file system may show each machine another state of a folder.
-    found_there: list[Any] = [steps_to_try(root) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found_there)
-    candidates: Candidates = found_there[0]
+    candidates = from_main(steps_to_try(root) if dist.get_rank() == 0 else None)
+    assert candidates is not None
     notes = [candidates.note] if candidates.note else []
     damaged: list[str] = []
     for step in candidates.steps:

@@ -187,10 +187,15 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
         (["data.train[0].repeat=0.01", "train.epochs=1"], "the run has 0 steps: train.epochs 1 of data.train list no"),
         (["train.epochs=.inf"], "train.epochs is inf, expected number"),
         (["data.train[0].repeat=.inf"], r"data.train\[0\].repeat is inf, expected number"),
-        (["data.max_length=16", "data.max_reject_share=1"], "data.train has no sample: every record was rejected"),
+        (["data.max_length=16", "data.max_reject_share=1"], "data.max_length is 16, expected more: no sample is left"),
+        (["data.train[0].path=bad.jsonl", "data.max_reject_share=1"], "data.train has no sample: every record was rej"),
     ],
 )
-def test_a_run_without_a_step_is_refused(tmp_path: Path, overrides: list[str], words: str) -> None:
+def test_a_run_without_a_step_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"query": 1}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=words):
         prepare(run_config(tmp_path, *overrides), progress=False)
 
@@ -219,4 +224,5 @@ def test_two_writers_of_a_store_do_not_meet(tmp_path: Path) -> None:
         thread.join()
     assert len(built) == 4
     assert len(set(built)) == 1
-    assert sorted(path.suffix for path in (tmp_path / "store").iterdir()) == [".arrow", ".jsonl"]
+    assert [path.suffix for path in (tmp_path / "store").iterdir()].count(".arrow") == 1
+    assert not [path for path in (tmp_path / "store").iterdir() if path.suffix in (".lock", ".tmp")]

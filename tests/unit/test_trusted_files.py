@@ -44,8 +44,6 @@ ALLOWED = {
         for name in ("eval/answering", "eval/candidate_process", "eval/check_process", "data/reflection/trial")
         for use in ("exec", "compile")
     },
-    ("examples/ablation/make_problems.py", "exec"): "programs of this repository",
-    ("examples/ablation/make_problems.py", "compile"): "programs of this repository",
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -190,10 +191,11 @@ def _refused_by_line(life: Life, injuries: list[Injury]) -> bool:
 
 def _look_at_names(life: Life, injuries: list[Injury], tally: Tally) -> None:
     """A start that came to its checkpoint has named the one that is damaged."""
-    text = life.text()
+    resumed = re.search(r"^going on after step (\d+) ", life.text(), re.MULTILINE)
     for injury in injuries:
-        of_checkpoint = injury.kind in ("checkpoint", "manifest")
-        if of_checkpoint and "going on after step " in text and str(injury.path) not in text:
+        # A later one was complete, though a kill came before `latest` named it.
+        needed = resumed and injury.step is not None and int(resumed[1]) <= injury.step
+        if needed and str(injury.path) not in life.text():
             tally.losses.append(f"{life.output} does not name {injury}")
 
 

@@ -78,6 +78,12 @@ class Injury:
     damage: str
     before: bytes
 
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint that the file belongs to."""
+        name = self.path.parent.name
+        return int(name.removeprefix("step_")) if name.startswith("step_") else None
+
     def heal(self) -> None:
         """Put the file back as it was."""
         remove(self.path)
