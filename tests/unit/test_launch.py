@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -160,6 +162,21 @@ def test_a_rank_that_stops_for_a_while_goes_on(tmp_path: Path, monkeypatch: pyte
         "os.kill(pid, signal.SIGSTOP)\nos.wait()\n"
     )
     assert spawn(script, 2, tmp_path) == 0
+
+
+def test_a_rank_that_ends_just_as_it_goes_on_is_not_missed() -> None:
+    for _ in range(30):
+        events: SimpleQueue[object] = SimpleQueue()
+        with subprocess.Popen(["sleep", "60"]) as process:
+            watcher = threading.Thread(target=launch._watch, args=(0, process.pid, events), daemon=True)
+            watcher.start()
+            process.send_signal(signal.SIGSTOP)
+            assert events.get(timeout=20) == launch._Stopped(0, True)
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            while events.get(timeout=20) != launch._Exited(0):
+                pass
+            watcher.join()
 
 
 def test_time_in_which_all_stand_still_is_not_counted(tmp_path: Path) -> None:
