@@ -62,6 +62,8 @@ class Tally:
     """Starts that named the damage in one line and ended."""
     runs: int = 0
     """Compared with the one that was never stopped."""
+    traps: int = 0
+    """Set so far."""
     cold: int = 0
     """Kills in a start of the whole command."""
     losses: list[str] = field(default_factory=list)
@@ -147,7 +149,10 @@ def _drill_run(run: DrilledRun, generator: random.Random, want: _Wanted, tally: 
     while True:
         injuries = _injure(run, generator, want, tally)
         cold = tally.kills % _COLD_EVERY == _COLD_EVERY - 1
-        trap = TRAPS[tally.kills // _TRAP_EVERY % len(TRAPS)] if not cold and tally.kills % _TRAP_EVERY == 0 else None
+        trap = None
+        if not cold and tally.kills % _TRAP_EVERY == 0:
+            # The next one, also where the last did not spring, as that of a resumed run in one that begins.
+            trap, tally.traps = TRAPS[tally.traps % len(TRAPS)], tally.traps + 1
         life = run.start(cold=cold, trap=trap if tally.kills < want.kills else None)
         if tally.kills >= want.kills:
             struck = False
