@@ -111,7 +111,7 @@ def drill(folder: Path, config: str | None, overrides: list[str], *, kills: int,
     reference = DrilledRun(folder / "reference", path, overrides, world_size)
     load_s = _run_reference(reference)
     want = _Wanted(kills, injuries, load_s)
-    while (tally.kills < kills or tally.injuries < injuries) and not tally.losses:
+    while want.more(tally) and not tally.losses:
         tally.runs += 1
         run = DrilledRun(folder / f"run_{tally.runs}", path, overrides, world_size)
         _drill_run(run, generator, want, tally)
@@ -131,6 +131,10 @@ class _Wanted:
     injuries: int
     load_s: float
     """From a start to the first step."""
+
+    def more(self, tally: Tally) -> bool:
+        """Whether there is something left to do; injuries come between a kill and the next start."""
+        return tally.kills < self.kills or tally.injuries < self.injuries
 
 
 def _run_reference(reference: DrilledRun) -> float:
@@ -153,8 +157,8 @@ def _drill_run(run: DrilledRun, generator: random.Random, want: _Wanted, tally: 
         if not cold and tally.kills % _TRAP_EVERY == 0:
             # The next one, also where the last did not spring, as that of a resumed run in one that begins.
             trap, tally.traps = TRAPS[tally.traps % len(TRAPS)], tally.traps + 1
-        life = run.start(cold=cold, trap=trap if tally.kills < want.kills else None)
-        if tally.kills >= want.kills:
+        life = run.start(cold=cold, trap=trap if want.more(tally) else None)
+        if not want.more(tally):
             struck = False
         elif life.trapped:
             struck = _spring(life, trap, tally)
@@ -169,7 +173,7 @@ def _drill_run(run: DrilledRun, generator: random.Random, want: _Wanted, tally: 
         _look_at_names(life, injuries, tally)
         if code:
             tally.losses.append(f"{life.output}: exit code {code}: {life.tail()}; {', '.join(map(str, injuries))}")
-        if not struck and (code or tally.kills >= want.kills or _is_finished(run)):
+        if not struck and (code or not want.more(tally) or _is_finished(run)):
             return
 
 
