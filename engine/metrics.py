@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from reflectron.engine.config import Config
-from reflectron.engine.files import write_text, write_whole
+from reflectron.engine.files import append_whole, write_text, write_whole
 from reflectron.engine.parallel.process_groups import ParallelGroups
 from reflectron.engine.text import one_line
 
@@ -176,13 +176,9 @@ class RowFile:
         os.close(self._descriptor)
 
     def _write(self) -> None:
-        end = os.fstat(self._descriptor).st_size
         try:
-            rows = self._rows
-            while rows:
-                rows = rows[os.write(self._descriptor, rows) :]
+            append_whole(self._descriptor, self._rows)
         except OSError as error:
-            os.ftruncate(self._descriptor, end)
             self.waiting = f"{self._path}: {error.strerror}"
         else:
             self._rows, self.waiting = b"", ""
