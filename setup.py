@@ -60,7 +60,7 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.4",
         "pyarrow>=15",
-        # Older ones run the loading script of a data set of the hub.
+        # Older ones run the loading script of a dataset of the hub.
         "datasets>=4",
         "omegaconf>=2.3",
         "PyYAML>=6",

@@ -51,7 +51,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's entries, before going on."""
+    """Have the disk hold a file's content, or a folder's entries, before returning."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

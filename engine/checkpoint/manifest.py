@@ -33,7 +33,7 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class SkippedSteps:
-    """Steps whose update was left out because loss or gradient were not finite."""
+    """Steps whose update was skipped because loss or gradient were not finite."""
 
     total: int = 0
     """Of the run so far."""

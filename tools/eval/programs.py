@@ -89,7 +89,7 @@ _PYTHON = Toolchain("problem.py", ((sys.executable, "-I", "-c", _RUN_PYTHON),), 
 
 
 def with_toolchain(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Sample]:
-    """The samples of MultiPL-E that can be run here; prints which languages are left out.
+    """The samples of MultiPL-E that can be run here; prints which languages are skipped.
 
     Raises:
         ValueError: when there is none.

@@ -127,7 +127,7 @@ def score_samples(
     kind: SandboxKind,
     verdicts: Path,
 ) -> Score:
-    """Judge every sample as its data set asks for; ``args`` are those of ``add_scoring_arguments``.
+    """Judge every sample as its dataset asks for; ``args`` are those of ``add_scoring_arguments``.
 
     Args:
         verdicts: the file that keeps them; those that are there already are not made again.
@@ -265,7 +265,7 @@ def describe(result: Score) -> str:
 
 
 def suite_name(dataset: str, suite: str) -> str:
-    """What a suite of a data set is called in tables."""
+    """What a suite of a dataset is called in tables."""
     names = {"humaneval": "HumanEval", "mbpp": "MBPP", "multipl-e": "MultiPL-E", "ds1000": "DS-1000"}
     name = names.get(dataset, dataset)
     return f"{name}+" if suite == "plus" else name
