@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from reflectron.engine.checkpoint.hf_table import checkpoint_tensors
+from reflectron.engine.choices import assert_never
 from reflectron.engine.config import Config
 from reflectron.engine.files import free_bytes, gib
 from reflectron.engine.model.families import Architecture
@@ -35,6 +36,8 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
     if config.optimizer.name == "adamw":
         moments = (config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype)
         a_parameter += sum(getattr(torch, name).itemsize for name in moments)
+    elif config.optimizer.name != "adafactor":
+        assert_never(config.optimizer.name)
     return with_framing(_parameters(arch) * a_parameter)
 
 

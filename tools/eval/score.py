@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from reflectron.engine.choices import assert_never
 from reflectron.engine.files import write_text
 from reflectron.tools.eval.functions import check_tests, judge_function
 from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, says_how_to_resume, tracked
@@ -177,8 +178,10 @@ def _judge_of(
         check_tests(problems, kind, workers)
         seconds = _CALLS_FACTOR * limits.input_seconds
         yield lambda sample: (judge_function(by_id[sample.task_id], sample.code, seconds, kind),)
-    else:
+    elif dataset == "multipl-e" or dataset == "ds1000":
         yield lambda sample: (judge_program(by_id[sample.task_id], sample.code, kind, java_classes),)
+    else:
+        assert_never(dataset)
 
 
 def _evalplus_judge(
