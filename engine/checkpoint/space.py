@@ -23,12 +23,12 @@ def with_framing(tensor_bytes: int) -> int:
 
 
 def export_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Of a Hugging Face checkpoint with weights of ``dtype``."""
+    """Bytes that a Hugging Face checkpoint with weights of ``dtype`` takes."""
     return with_framing(_parameters(arch) * dtype.itemsize)
 
 
 def checkpoint_bytes(config: Config, arch: Architecture) -> int:
-    """Of one training checkpoint: weights, float32 copies of bfloat16 ones, and AdamW's moments.
+    """Bytes that one training checkpoint takes: weights, float32 copies of bfloat16 ones, and AdamW's moments.
 
     Adafactor's averages are rows and columns, which the framing's share covers.
     """

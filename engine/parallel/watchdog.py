@@ -49,7 +49,7 @@ class _Verdict:
     """A rank said itself why it ends, so others may be about to meet the same error."""
 
     def text(self) -> str:
-        """For the store; a digit in front says whether a rank has failed."""
+        """The verdict as it stands in the store; a digit in front says whether a rank has failed."""
         return f"{self.someone_failed:d}{self.words}"
 
     @staticmethod

@@ -96,7 +96,7 @@ class _Check:
             self._say("fail", f"its process ends with exit code {os.waitstatus_to_exitcode(status)}")
 
     def run(self) -> NoReturn:
-        """Run prompt, test and check, and end this process with the report of what came of it."""
+        """Run prompt, test and check, and end this process with a report of the result."""
         name = self._test["entry_point"]
         candidate = self._candidate(name)
         try:

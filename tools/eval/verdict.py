@@ -1,4 +1,4 @@
-"""What came of running a sample: bounded, printable text under a fixed schema, whatever the sample made up."""
+"""How a sample did in its tests: bounded, printable text under a fixed schema, whatever the sample made up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGER_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one suite."""
+    """How a sample did in one suite of tests."""
 
     status: str
     """One of ``STATUSES``."""
