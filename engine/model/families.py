@@ -77,6 +77,8 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ValueError(f"{file} is no regular file, expected a Hugging Face config.json")
     try:
         hf_config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
