@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from reflectron.tools.sandbox import cgroup
 from reflectron.tools.sandbox.limits import SandboxKind
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,8 @@ def test_after_a_signal(sandbox: SandboxKind, tmp_path: Path, number: signal.Sig
     starter = start(marker, tmp_path)
     # bubblewrap asks for the signal of its parent's death while it starts.
     until(lambda: len(sleepers(marker)) == 3)
+    [folder] = tmp_path.iterdir()
+    groups = [group.path for group in cgroup.candidates(folder.name)]
     starter.send_signal(number)
     if number == signal.SIGINT:
         # Python waits for its threads, and each of them waits; a user presses twice.
@@ -69,6 +72,7 @@ def test_after_a_signal(sandbox: SandboxKind, tmp_path: Path, number: signal.Sig
         starter.terminate()
     starter.wait()
     until(lambda: not with_marker(marker) and not list(tmp_path.iterdir()))
+    until(lambda: not any(group.exists() for group in groups))
 
 
 def test_killed_at_any_moment_of_a_start(sandbox: SandboxKind, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import subprocess
 import time
@@ -106,18 +105,21 @@ class Groups:
             self.path.rmdir()
 
 
-def find_place() -> Path | None:
-    """The best cgroup to make groups in; None where there is none."""
+def candidates(name: str) -> list[Groups]:
+    """Groups of this name that could be made, the best first."""
     # One whose children can be limited first; the nearest one otherwise.
-    for place in sorted(_places(), key=lambda place: not _gives_memory(place)):
-        trial = Groups(place / f"reflectron-trial-{secrets.token_hex(4)}")
+    places = sorted(_places(), key=lambda place: not _gives_memory(place))
+    return [Groups(place / name) for place in places]
+
+
+def first_made(groups: list[Groups]) -> Groups | None:
+    """The first that can be made and that a process of ours can be moved into; None where there is none."""
+    for each in groups:
         with contextlib.suppress(OSError):
-            try:
-                trial.make()
-                if _can_enter(trial.path):
-                    return place
-            finally:
-                trial.close()
+            each.make()
+            if _can_enter(each.path):
+                return each
+            each.close()
     return None
 
 

@@ -36,14 +36,17 @@ while [ $tries -lt 100 ]; do
             bwrap | sh | prlimit) kill -9 "${process#/proc/}" 2>/dev/null && alive=yes ;;
         esac
     done
-    if [ -n "$GROUP" ] && [ -d "$GROUP" ]; then
-        for group in "$GROUP"/*/; do
+    while read -r place; do
+        [ -d "$place" ] || continue
+        for group in "$place"/*/; do
             [ -d "$group" ] || continue
             echo 1 > "$group/cgroup.kill"
-            rmdir "$group" || alive=yes
+            rmdir "$group"
         done 2>/dev/null
-        rmdir "$GROUP" 2>/dev/null
-    fi
+        rmdir "$place" 2>/dev/null || alive=yes
+    done <<END
+$PLACES
+END
     chmod -R u+rwX -- "$FOLDER" 2>/dev/null
     rm -rf -- "$FOLDER" 2>/dev/null
     [ $alive = no ] && ! [ -e "$FOLDER" ] && exit 0
@@ -96,15 +99,13 @@ def _make() -> Home:
     parent = Path(tempfile.gettempdir())
     _remove_stale(parent)
     folder = parent / f"{_PREFIX}{secrets.token_hex(4)}"
-    place = cgroup.find_place()
-    groups = cgroup.Groups(place / folder.name) if place is not None else None
+    candidates = cgroup.candidates(folder.name)
     # First who removes, then what is to be removed.
-    _start_janitor(folder, groups)
+    _start_janitor(folder, candidates)
     folder.mkdir(mode=0o700)
     # Names inside cannot be listed, and each folder inside is closed to others.
     folder.chmod(0o711)
-    if groups is not None:
-        groups.make()
+    groups = cgroup.first_made(candidates)
     owner = os.open(folder / f"{_OWNER}.new", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     os.write(owner, str(groups.path if groups else "").encode())
     fcntl.flock(owner, fcntl.LOCK_EX)
@@ -113,9 +114,10 @@ def _make() -> Home:
     return Home(folder, groups)
 
 
-def _start_janitor(folder: Path, groups: cgroup.Groups | None) -> None:
+def _start_janitor(folder: Path, candidates: list[cgroup.Groups]) -> None:
     waits, holds = os.pipe()
-    environment = {"PATH": os.defpath, "FOLDER": str(folder), "GROUP": str(groups.path if groups else "")}
+    places = "\n".join(str(groups.path) for groups in candidates)
+    environment = {"PATH": os.defpath, "FOLDER": str(folder), "PLACES": places}
     janitor = subprocess.Popen(
         ["/bin/sh", "-c", _JANITOR],
         stdin=waits,
