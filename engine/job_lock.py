@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from reflectron.engine.files import remove, temporary_name
 from reflectron.engine.text import printable
@@ -218,15 +218,25 @@ def inherited_lock(path: Path, env: Mapping[str, str] = os.environ) -> JobLock |
     Raises:
         LockLost: when another job has taken it over meanwhile.
     """
-    known = json.loads(env.get(_INHERITED, "null"))
-    if known is None or known[0] != str(path.absolute()):
-        return None
+    match _parsed(env.get(_INHERITED, "")):
+        case [str(known), str(token)] if known == str(path.absolute()):
+            pass
+        # None, or that of another folder's job, which started this one.
+        case _:
+            return None
     try:
-        lock = JobLock(path, os.open(path, os.O_RDONLY), known[1], owned=False)
+        lock = JobLock(path, os.open(path, os.O_RDONLY), token, owned=False)
     except OSError as error:
         raise LockLost(f"{path}: {error.strerror}, expected the lock of this job") from None
     lock.check()
     return lock
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 class _Watch:
@@ -331,7 +341,7 @@ def _cannot(path: Path, error: OSError) -> ValueError:
 def _read(path: Path) -> Holder | None:
     """Who holds the lock; None when there is none or it is damaged."""
     try:
-        with path.open("rb") as stream:
+        with _opened(path) as stream:
             content = json.loads(stream.read(4096))
         holder = Holder(**content)
     except (OSError, ValueError, TypeError, RecursionError):
@@ -340,10 +350,15 @@ def _read(path: Path) -> Holder | None:
     return holder if all(type(getattr(holder, name)) is kind for name, kind in expected.items()) else None
 
 
+def _opened(path: Path) -> IO[bytes]:
+    """For reading; a pipe in the place of the file is not waited for."""
+    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
 def _state(path: Path) -> tuple[int, ...] | None:
     """What changes with a sign of life. Opened first: a network file system then asks its server."""
     try:
-        with path.open("rb") as stream:
+        with _opened(path) as stream:
             found = os.fstat(stream.fileno())
     except OSError:
         try:

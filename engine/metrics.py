@@ -198,11 +198,21 @@ def _rows_and_damage(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
+    """A row with its ``step``, in which what a step's metrics call a number is one or null."""
     try:
         row = json.loads(line)
-        return row if type(row["step"]) is int else None
-    except (ValueError, LookupError, TypeError, RecursionError):
+        sound = type(row["step"]) is int and all(_is_number(row[name]) for name in _NUMBERS & row.keys())
+        return row if sound else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+_NUMBERS = frozenset(field.name for field in dataclasses.fields(StepMetrics))
+
+
+def _is_number(value: object) -> bool:
+    # An integer of hundreds of digits is none that can be drawn.
+    return value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def _drop_rows_after(path: Path, step: int) -> str:

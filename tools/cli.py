@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # For good: the traceback of a fault of ours, which may quote anything, is printed after this function.
         protect_streams()
     with protected_streams():
-        args = _parse(sys.argv[1:] if argv is None else argv)
+        try:
+            args = _parse(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt:
+            return 130
         return guarded(args.prog, lambda: args.run(args), debug=args.debug)
 
 
@@ -89,7 +92,9 @@ def guarded(prog: str, action: Callable[[], int], *, debug: bool) -> int:
 
 def _message(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        # Of a rename, what was to be replaced; the other name is a temporary one.
+        name = error.filename2 or error.filename
+        return f"{name}: {error.strerror}" if name else error.strerror
     return str(error)
 
 

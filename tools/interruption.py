@@ -41,7 +41,7 @@ def _say(config: Config) -> None:
     if place is not None and (place.rank > 0 or SUPERVISED in os.environ):
         return
     print(
-        f"reflectron train: interrupted; {kept(config)}, and so is what was tokenised; the same command resumes there "
+        f"reflectron train: interrupted; {kept(config)}; what was tokenised is kept; the same command resumes there "
         "(SIGTERM instead of Ctrl-C saves the steps since then, too)",
         file=sys.stderr,
         flush=True,

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from reflectron.engine.config import Config
+from reflectron.engine.text import one_line
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -109,6 +110,9 @@ def _read_file(path: str) -> DictConfig:
         raise ValueError(f"{path} holds no sections, expected 'data:', 'model:' and so on") from error
     except GrammarParseError as error:
         raise ValueError(f"{path}: {error.full_key} holds '${{', but {_NO_INTERPOLATION}") from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, a date that is none, a thousand brackets.
+        raise ValueError(f"{path} holds what no setting is: {one_line(error)}") from None
     if not isinstance(tree, DictConfig):
         raise ValueError(f"{path} holds a list, expected sections such as 'data:' and 'model:'")
     if not tree:
@@ -133,7 +137,7 @@ def _apply_override(tree: DictConfig, override: str) -> None:
     except yaml.YAMLError as error:
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else " ".join(str(error).split())
         raise ValueError(f"{COMMAND_LINE}: the value of {override!r} is not YAML: {problem}") from error
-    except (OmegaConfBaseException, IndexError, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, IndexError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{COMMAND_LINE}: {override!r} cannot be set: {str(error).splitlines()[0]}") from error
 
 

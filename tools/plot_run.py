@@ -20,7 +20,8 @@ def plot_run(folder: Path) -> Path:
     steps = [row["step"] for row in rows]
 
     def series(key: str) -> list[float]:
-        return [float("nan") if row[key] is None else row[key] for row in rows]
+        # A row that was damaged may lack any of them.
+        return [float("nan") if (value := row.get(key)) is None else value for row in rows]
 
     figure, (losses, divergence, schedule) = pyplot.subplots(
         3, 1, figsize=(8, 9), sharex=True, layout="constrained", height_ratios=[3, 1, 1]
@@ -31,10 +32,11 @@ def plot_run(folder: Path) -> Path:
     losses.legend()
     divergence.plot(steps, series("kl"), color="tab:purple")
     divergence.set_ylabel("KL teacher to student")
-    share = [row["tokens_saved"] / max(row["tokens_saved"] + row["tokens_student"], 1) for row in rows]
+    tokens = zip(series("tokens_saved"), series("tokens_student"), strict=True)
+    share = [saved / max(saved + student, 1) for saved, student in tokens]
     schedule.plot(steps, series("mask_rate"), label="mask rate")
     schedule.plot(steps, share, label="share of student tokens saved")
-    peak = max(max(series("learning_rate")), 1e-30)
+    peak = max([1e-30, *(rate for rate in series("learning_rate") if rate > 0)])
     schedule.plot(steps, [rate / peak for rate in series("learning_rate")], label="learning rate / peak")
     schedule.set_xlabel("step")
     schedule.legend(fontsize="small")

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(lock: JobLock | None, config: Config, inputs: RunInputs, groups: ParallelGroups) -> int:
+    from reflectron.engine.checkpoint.retention import export_folder
     from reflectron.engine.trainer import Trainer
     from reflectron.tools.run_log import RunLog
 
@@ -67,7 +68,7 @@ def _train(lock: JobLock | None, config: Config, inputs: RunInputs, groups: Para
         if trainer.stopped:
             report(f"stopped by a signal; the same command goes on (exit code {REQUEUE_EXIT_CODE})")
             return REQUEUE_EXIT_CODE
-        export = Path(config.output_dir) / "export"
+        export = export_folder(config.output_dir)
         try:
             trainer.export(export)
         except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ _PASSED_OVER = {
 }
 _NAMES = {*DTYPES, *_READ, *_PASSED_OVER, _MEGATRON_METADATA, _SIZE, _PLACE}
 _LIMITS = Limits()
+# Parts of a tensor that lie in no grid.
+_MOST_COMPARED = 256
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -192,5 +195,35 @@ def check_whole(key: str, stored: TensorStorageMetadata) -> None:
         ValueError: when some of it is nowhere, or twice.
     """
     held = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
-    if held != math.prod(stored.size) or len({chunk.offsets for chunk in stored.chunks}) != len(stored.chunks):
+    apart = len({chunk.offsets for chunk in stored.chunks}) == len(stored.chunks)
+    if held != math.prod(stored.size) or not apart or (held and not _are_apart(stored)):
         raise ValueError(f"{key} is not whole: its parts do not make a tensor of shape {list(stored.size)}")
+
+
+def _are_apart(stored: TensorStorageMetadata) -> bool:
+    """Whether no place of a tensor is in two of its parts, of which no two begin alike.
+
+    Ranks cut a tensor into a grid, which is seen at a glance. Of other cuts each part is compared with each, up to a
+    number of them.
+    """
+    chunks = stored.chunks
+    ends: list[dict[int, int]] = []
+    for dim, size in enumerate(stored.size):
+        cuts = sorted({chunk.offsets[dim] for chunk in chunks} | {size})
+        ends.append(dict(pairwise(cuts)))
+    if all(
+        start + length == ends[dim].get(start)
+        for chunk in chunks
+        for dim, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True))
+    ):
+        return True
+    return len(chunks) <= _MOST_COMPARED and not any(_overlap(*pair) for pair in combinations(chunks, 2))
+
+
+def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
+    return all(
+        max(starts) < min(starts[0] + lengths[0], starts[1] + lengths[1])
+        for starts, lengths in zip(
+            zip(one.offsets, other.offsets, strict=True), zip(one.sizes, other.sizes, strict=True), strict=True
+        )
+    )

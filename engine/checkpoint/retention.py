@@ -24,6 +24,11 @@ def checkpoints_folder(output_dir: str) -> Path:
     return Path(output_dir) / "checkpoints"
 
 
+def export_folder(output_dir: str) -> Path:
+    """Where the trained model of a run is, for Hugging Face's programs."""
+    return Path(output_dir) / "export"
+
+
 def step_folder(root: Path, step: int) -> Path:
     """Folder of the checkpoint after ``step`` updates."""
     return root / f"step_{step:08d}"

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from reflectron.engine.checkpoint.manifest import DamagedCheckpoint, read_manifest
-from reflectron.engine.checkpoint.retention import checkpoints_folder, set_aside, step_folder, steps_to_try
+from reflectron.engine.checkpoint.retention import (
+    checkpoints_folder,
+    export_folder,
+    set_aside,
+    step_folder,
+    steps_to_try,
+)
 from reflectron.engine.checkpoint.weights_identity import weights_identity
 from reflectron.engine.config import Config
 from reflectron.engine.data.draws import DRAWS_VERSION
@@ -128,12 +134,17 @@ def look_into_folder(config: Config, inputs: RunInputs) -> str | None:
     identity, finished = run_identity(config, inputs), Path(config.output_dir) / _FINISHED
     if (content := _read_finished(finished)) is not None:
         check_same_run(content["run"], identity, finished)
-        return (
-            f"{config.output_dir}: this run finished after step {content['step']}; "
-            "checkpoint.resume=never trains it again"
-        )
     root = checkpoints_folder(config.output_dir)
-    for step in steps_to_try(root).steps:
+    saved = steps_to_try(root).steps
+    if content is not None:
+        lost = _lost_of_export(config, content)
+        if not lost or not saved:
+            also = f"; {lost}, and no checkpoint is left to make it from" if lost else ""
+            return (
+                f"{config.output_dir}: this run finished after step {content['step']}{also}; "
+                "checkpoint.resume=never trains it again"
+            )
+    for step in saved:
         try:
             check_same_run(read_manifest(step_folder(root, step)).run, identity, step_folder(root, step))
         except DamagedCheckpoint:
@@ -152,9 +163,29 @@ def _read_finished(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _lost_of_export(config: Config, finished: dict[str, Any]) -> str:
+    """Which file of the finished run's weights is not there as it was written; empty when all are."""
+    folder, sizes = export_folder(config.output_dir), finished.get("export")
+    # A run that finished before they were noted.
+    if not isinstance(sizes, dict):
+        sizes = {}
+    for name in (*sizes, "config.json"):
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            return f"{folder / name} is missing"
+        if size != sizes.get(name, size):
+            return f"{folder / name} has {size} bytes, expected {sizes[name]}"
+    return ""
+
+
 def mark_finished(config: Config, identity: dict[str, Any], step: int) -> None:
-    """Note that the run of ``step`` updates is complete, its export included."""
-    content = {"step": step, "run": identity}
+    """Note that the run of ``step`` updates is complete, and the size of each file of its exported weights.
+
+    The other files of the export are small, and a user may well change them.
+    """
+    weights = export_folder(config.output_dir).glob("*.safetensors")
+    content = {"step": step, "export": {file.name: file.stat().st_size for file in weights}, "run": identity}
     write_text(Path(config.output_dir) / _FINISHED, json.dumps(content, indent=2) + "\n")
 
 

@@ -42,7 +42,8 @@ def weights_identity(folder: str) -> str:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / ".metadata").exists():
-        return [folder / ".metadata", *sorted(folder.glob("*.distcp"))]
+        # A device or a pipe of that name holds no weights, and has no end.
+        return [folder / ".metadata", *sorted(file for file in folder.glob("*.distcp") if file.is_file())]
     try:
         names = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values()
         return [folder / name for name in sorted(set(names))]

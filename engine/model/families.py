@@ -31,10 +31,8 @@ CHECKPOINT_NAMES = {
 _DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 _DEFAULT_KEY_VALUE_HEADS = {"llama": None, "qwen2": 32, "qwen3": 32}
 _DEFAULT_HEAD_DIM = {"llama": None, "qwen2": None, "qwen3": 128}
-
-# No model comes near; beyond it the names of the tensors alone would fill the memory.
-_MOST_LAYERS = 10_000
-_MOST = 2**31 - 1
+# Beyond every model; a list of as many layers as a hostile file may name would fill the memory.
+_MOST_LAYERS, _LARGEST_SIZE = 10_000, (1 << 31) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +77,8 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ValueError(f"{file} is no regular file, expected a Hugging Face config.json")
     try:
         return read_object(file)
     except OSError as error:
@@ -127,13 +127,13 @@ class _Keys:
     hf_config: dict[str, Any]
     source: str
 
-    def integer(self, key: str, most: int = _MOST) -> int:
+    def integer(self, key: str, most: int = _LARGEST_SIZE) -> int:
         value = self.optional_integer(key, None, most)
         if value is None:
             raise ValueError(f"{self.source}: {key} is None, expected a whole number of at least 1")
         return value
 
-    def optional_integer(self, key: str, default: int | None, most: int = _MOST) -> int | None:
+    def optional_integer(self, key: str, default: int | None, most: int = _LARGEST_SIZE) -> int | None:
         value = self.hf_config.get(key, default)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{self.source}: {key} is {value!r}, expected a whole number of at least 1")

@@ -269,6 +269,11 @@ def test_a_finished_run_is_not_trained_again(unstopped: Run, tmp_path: Path) -> 
     metrics = (run.folder / "metrics.jsonl").read_bytes()
     line = "{}: this run finished after step {}; checkpoint.resume=never trains it again\n"
     assert line.format(run.folder, STEPS) in run.finish()
+    weights = run.folder / "export" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    assert "all steps are done; the export is made" in run.finish()
+    assert weights.read_bytes() == whole
     refusal = f"seed is 1, expected 3407 as in the run that {run.folder / 'finished.json'} holds: set it back"
     assert refusal in run.finish("seed=1", code=2)
     assert (run.folder / "metrics.jsonl").read_bytes() == metrics

@@ -335,3 +335,45 @@ def test_damaged_rows_are_named_and_kept_aside(tmp_path: Path) -> None:
     ]
     assert [row["step"] for row in read_rows(path)] == [1, 3]
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damaged
+
+
+def test_a_run_is_drawn_whatever_its_rows_became(tmp_path: Path) -> None:
+    from reflectron.engine.metrics import read_rows
+    from reflectron.tools.plot_run import plot_run
+
+    damaged = ['{"step": 1}', '{"step": 2, "loss": "1"}', '{"step": 3, "kl": [1]}', '{"step": 4, "loss": NaN}']
+    damaged += ['{"step": 5, "tokens_saved": 1%s}' % ("0" * 400), '{"step": 6, "loss": 1.5, "learning_rate": null}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(damaged) + "\n", encoding="utf-8")
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 4, 6]
+    assert plot_run(tmp_path).exists()
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "weights", "config", "folder"])
+def test_a_finished_run_has_its_export(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    from reflectron.engine.checkpoint import run_identity
+    from reflectron.engine.config import Config
+
+    monkeypatch.setattr(run_identity, "run_identity", lambda config, inputs: {"seed": 1})
+    config, inputs = Config(output_dir=str(tmp_path)), cast(Any, SimpleNamespace())
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "model.safetensors").write_bytes(b"weights")
+    (export / "config.json").write_text("{}", encoding="utf-8")
+    run_identity.mark_finished(config, {"seed": 1}, 6)
+    (export / "config.json").write_text('{"changed": "by the user"}', encoding="utf-8")
+    if damage == "cut":
+        (export / "model.safetensors").write_bytes(b"")
+    elif damage == "folder":
+        export.rename(tmp_path / "elsewhere")
+    elif damage != "none":
+        (export / {"weights": "model.safetensors", "config": "config.json"}[damage]).unlink()
+    said = run_identity.look_into_folder(config, inputs)
+    # Without a checkpoint nothing but a training could make it again, which nobody has asked for.
+    assert said is not None
+    assert ("no checkpoint is left" in said) == (damage != "none")
+    (tmp_path / "checkpoints" / "step_00000006").mkdir(parents=True)
+    again = run_identity.look_into_folder(config, inputs)
+    assert again is None if damage != "none" else again == said

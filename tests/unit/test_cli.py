@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from reflectron.engine.files import write_text
 from reflectron.tools import cli, doctor
 from reflectron.tools.load_config import add_config_arguments
 
@@ -85,6 +86,20 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_unexpected_keeps_its_traceback() -> None:
     with pytest.raises(AssertionError):
         cli.guarded("reflectron train", lambda: raises(AssertionError()), debug=False)
+
+
+def test_a_rename_that_fails_names_what_it_was_to_replace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "target").mkdir()
+    assert cli.guarded("x", lambda: write_text(tmp_path / "target", "text"), debug=False) == 2  # type: ignore[arg-type,func-returns-value]
+    assert capsys.readouterr().err == f"x: error: {tmp_path / 'target'}: Is a directory\n"
+
+
+def test_interrupt_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert cli.main(["train", "x.yaml"]) == 130
 
 
 def test_interrupt_ends_with_130() -> None:

@@ -312,6 +312,8 @@ def test_a_head_need_not_be_a_share_of_the_hidden_size() -> None:
             "expected 'default', 'linear', 'llama3' or 'yarn'",
         ),
         (CODELLAMA_7B, {"num_hidden_layers": None}, "num_hidden_layers is None, expected a whole number of at least 1"),
+        (CODELLAMA_7B, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 10000"),
+        (CODELLAMA_7B, {"hidden_size": 1 << 40}, "hidden_size is 1099511627776, expected at most 2147483647"),
         (CODELLAMA_7B, {"vocab_size": "32k"}, "vocab_size is '32k', expected a whole number of at least 1"),
         (CODELLAMA_7B, {"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0, expected a whole number of at least 1"),
         (

@@ -20,7 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from reflectron.engine.checkpoint import dist_metadata
 from reflectron.engine.checkpoint.dist_metadata import read_metadata
@@ -282,6 +288,16 @@ def rewrite(folder: Path, change: Callable[[Any], None]) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def overlap(metadata: Any) -> None:
+    """As many places as the tensor has, by two parts that share some, so that others are nowhere."""
+    stored = embedding(metadata)
+    rows, columns = stored.size
+    stored.chunks[:] = [
+        ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([rows - 1, columns])),
+        ChunkStorageMetadata(torch.Size([1, 0]), torch.Size([1, columns])),
+    ]
+
+
 def places(metadata: Any, **values: Any) -> None:
     for place in metadata.storage_data.values():
         vars(place).update(values)
@@ -304,6 +320,7 @@ LIES = {
         lambda m: embedding(m).chunks.extend(embedding(m).chunks),
         "is not whole",
     ),
+    "chunks that overlap": (overlap, "is not whole"),
     "another dtype": (lambda m: setattr(embedding(m).properties, "dtype", "float32"), "dtype"),
     "size that is none": (lambda m: setattr(embedding(m), "size", [720, 64]), "torch.Size"),
     "huge size": (
@@ -436,3 +453,25 @@ def test_an_inert_call_is_no_call() -> None:
     assert isinstance(node, Made)
     assert (node.name, node.args) == ("os.system", (MARK,))
     assert not Path("escaped").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        ([((0, 0), (4, 6))], True),
+        ([((0, 0), (2, 3)), ((0, 3), (2, 3)), ((2, 0), (2, 3)), ((2, 3), (2, 3))], True),
+        # Bricks: no grid, and yet each place once.
+        ([((0, 0), (2, 2)), ((0, 2), (2, 4)), ((2, 0), (2, 4)), ((2, 4), (2, 2))], True),
+        ([((0, 0), (3, 6)), ((1, 0), (1, 6))], False),
+        ([((0, 0), (2, 6)), ((1, 0), (2, 6))], False),
+        ([((0, 0), (4, 3)), ((0, 3), (4, 2))], False),
+    ],
+)
+def test_parts_of_a_tensor(parts: list[Any], whole: bool) -> None:
+    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in parts]
+    stored = TensorStorageMetadata(TensorProperties(), torch.Size([4, 6]), chunks)
+    if whole:
+        dist_metadata.check_whole("key", stored)
+    else:
+        with pytest.raises(ValueError, match="key is not whole"):
+            dist_metadata.check_whole("key", stored)

@@ -281,3 +281,20 @@ def test_waiting_for_a_living_job(tmp_path: Path, hold: Hold) -> None:
     assert said[0].endswith("; waiting for it")
     process.wait()
     process.stdin = None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "link to itself", "link to nothing"])
+def test_what_is_no_file_is_taken_over_like_a_damaged_one(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / LOCK_NAME
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"link to a device": "/dev/zero", "link to itself": LOCK_NAME, "link to nothing": "no"}[kind])
+    with lock_folder(tmp_path, "output_dir", beat_s=BEAT, silence_s=SILENCE) as taken:
+        taken.check()
+        assert path.is_file()
+
+
+@pytest.mark.parametrize("value", ["", "null", "garbage", "5", "[]", '["/x"]', "[1, 2]", "[" * 10**5])
+def test_a_lock_that_nobody_handed_down(value: str, tmp_path: Path) -> None:
+    assert inherited_lock(tmp_path / LOCK_NAME, {"REFLECTRON_JOB_LOCK": value}) is None

@@ -183,3 +183,12 @@ def test_every_key_has_a_meaning() -> None:
         if section.default_factory is not dataclasses.MISSING:
             for field in dataclasses.fields(section.default_factory()):
                 assert f"| `{section.name}.{field.name}` |" in page
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: " + "9" * 5000, "seed: !!int x", "null: 3", "[" * 5000, "seed: 2026-99-99", "seed: !!binary '%'"]
+)
+def test_yaml_that_python_has_no_value_for_is_named(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as refusal:
+        load_text(tmp_path, text + "\n")
+    assert "\n" not in str(refusal.value)

@@ -226,3 +226,20 @@ def test_two_writers_of_a_store_do_not_meet(tmp_path: Path) -> None:
     assert len(set(built)) == 1
     assert [path.suffix for path in (tmp_path / "store").iterdir()].count(".arrow") == 1
     assert not [path for path in (tmp_path / "store").iterdir() if path.suffix in (".lock", ".tmp")]
+
+
+def test_a_device_or_a_pipe_among_the_weights_is_not_read(tmp_path: Path) -> None:
+    import os
+
+    from reflectron.engine.checkpoint.weights_identity import weights_identity
+    from reflectron.engine.model.families import read_hf_config
+
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / name).write_bytes(b"content")
+    alone = weights_identity(str(tmp_path))
+    (tmp_path / "device.distcp").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.distcp")
+    assert weights_identity(str(tmp_path)) == alone
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json is no regular file"):
+        read_hf_config(tmp_path)
