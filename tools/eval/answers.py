@@ -41,6 +41,15 @@ class Program:
     """What is wanted of an answer: itself, a set given as any iterable, or whether there is one."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Why a program ended before it should have; no words if it did not."""
+
+    words: str = ""
+    by_time: bool = False
+    """A limit on its time ended it."""
+
+
 class AnswerPipes:
     """A program's answers, one pipe a suite, with the read ends open before the program starts.
 
@@ -88,8 +97,8 @@ class AnswerPipes:
             self._open.remove(descriptor)
             os.close(descriptor)
 
-    def run(self, kind: SandboxKind) -> str:
-        """Run the program to its end; says why it ended before it should have, empty if it did not.
+    def run(self, kind: SandboxKind) -> Cut:
+        """Run the program to its end; says why it ended before it should have, if it did.
 
         Raises:
             OSError: when the program cannot have been the reason, because it had not been started.
@@ -100,11 +109,11 @@ class AnswerPipes:
             if not self._started():
                 raise
             # The program can stop or kill what reports on it.
-            return f"its sandbox ended: {one_line(error)}"
+            return Cut(f"its sandbox ended: {one_line(error)}")
         finally:
             self._close(self._running)
 
-    def _run(self, kind: SandboxKind) -> str:
+    def _run(self, kind: SandboxKind) -> Cut:
         cpu_seconds = len(self._program.suites) * self._program.suite_seconds + _OVERHEAD_SECONDS
         limits = Limits(
             wall_seconds=_PATIENCE * cpu_seconds,
@@ -115,14 +124,14 @@ class AnswerPipes:
         )
         outcome = run_sandboxed(kind, [sys.executable, "-I", "answering.py"], folder=self._folder, limits=limits)
         if outcome.ended == "exited" and outcome.returncode == 0:
-            return ""
+            return Cut()
         if outcome.ended not in ("exited", "signal"):
-            return f"limit: {outcome.ended}"
+            return Cut(f"limit: {outcome.ended}", by_time=outcome.ended in ("wall_time", "cpu_time"))
         said = printable(outcome.stderr.strip().rpartition("\n")[2])
         how = f"exit code {outcome.returncode}" if outcome.ended == "exited" else f"signal {-(outcome.returncode or 0)}"
         if not self._started():
             raise OSError(f"the sandbox's own script ended with {how} before the program was started: {said}")
-        return f"its sandbox's script was ended ({how}): {said}" if said else f"its sandbox's script was ended ({how})"
+        return Cut(f"its sandbox's script was ended ({how})" + (f": {said}" if said else ""))
 
     def _started(self) -> bool:
         """Whether the script has removed the job's file, which the program, coming after, cannot bring back."""

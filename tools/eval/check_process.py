@@ -28,7 +28,7 @@ from reflectron.tools.eval.check_messages import (
     JOB_LIMITS,
     LIMITS,
     REPORT_MARK,
-    Ending,
+    Ended,
     Report,
     Test,
     Tests,
@@ -223,12 +223,12 @@ class _Check:
             said = f"{self._told}; {said}"
         self._end("fail", said, line)
 
-    def _end(self, ended: Ending, got: str = "", expected: str = "") -> NoReturn:
+    def _end(self, ended: Ended, got: str = "", expected: str = "") -> NoReturn:
         """Report and leave at once, past all that the test could catch."""
         self._say(ended, got, expected)
         os._exit(0)
 
-    def _say(self, ended: Ending, got: str = "", expected: str = "") -> None:
+    def _say(self, ended: Ended, got: str = "", expected: str = "") -> None:
         report = Report(
             ended=ended, input=self._asked, expected=expected, got=got[:_SHOWN_CHARACTERS], number=self._number
         )

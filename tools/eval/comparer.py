@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from reflectron.tools.eval.answers import copy_script
+from reflectron.tools.eval.answers import Cut, copy_script
 from reflectron.tools.eval.verdict import Verdict
 from reflectron.tools.sandbox import wall
 from reflectron.tools.sandbox.home import sandbox_folder
@@ -124,7 +124,7 @@ class Comparer:
             os.close(write)
         return Pending(self, read)
 
-    def read(self, descriptor: int, why: str) -> Comparison:
+    def read(self, descriptor: int, cut: Cut) -> Comparison:
         """See `Pending.read`."""
         line = _read_line(descriptor, time.monotonic() + _PATIENCE * self._seconds)
         self._open.remove(descriptor)
@@ -136,7 +136,7 @@ class Comparer:
         status = said.pop("status")
         if status == "silent":
             # Nobody was left to say why there was no further answer.
-            status, said["got"] = "clock" if why.endswith("_time") else "fail", why or said["got"]
+            status, said["got"] = "clock" if cut.by_time else "fail", cut.words or said["got"]
         return Comparison(Verdict("timeout" if status == "clock" else status, **said), at_limit=status == "timeout")
 
 
@@ -147,13 +147,13 @@ class Pending:
     comparer: Comparer
     descriptor: int
 
-    def read(self, why: str) -> Comparison:
+    def read(self, cut: Cut) -> Comparison:
         """Wait for the outcome, once the program has ended.
 
         Args:
-            why: the program ended before it should have.
+            cut: why the program ended before it should have, if it did.
         """
-        return self.comparer.read(self.descriptor, why)
+        return self.comparer.read(self.descriptor, cut)
 
 
 def _read_line(descriptor: int, deadline: float) -> bytes:

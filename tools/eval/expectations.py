@@ -152,9 +152,9 @@ def _make(task: Task, files: tuple[Path, Path], kind: SandboxKind) -> tuple[list
         form="presence" if as_presence else "set" if task.as_set else "whole",
     )
     with sandbox_folder() as folder, AnswerPipes(program, folder, stored=True) as stored:
-        why = stored.run(kind)
+        cut = stored.run(kind)
         base, plus = (
-            _write_suite(task, inputs, os.dup(answers), file, why)
+            _write_suite(task, inputs, os.dup(answers), file, cut.words)
             for inputs, answers, file in zip(task.inputs, stored.answers, files, strict=True)
         )
     return base, plus

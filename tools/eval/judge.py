@@ -109,8 +109,8 @@ class Judge:
                 for answers, suite in zip(pipes.answers, suites, strict=True)
             ]
             pipes.stop_reading()
-            why = pipes.run(self._kind)
-            return [comparison.read(why) for comparison in begun]
+            cut = pipes.run(self._kind)
+            return [comparison.read(cut) for comparison in begun]
 
     @contextlib.contextmanager
     def _comparer(self) -> Iterator[Comparer]:
