@@ -55,12 +55,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_stream(path: Path) -> bool:
+    """Whether what stands there hands on what is written, as devices, pipes and ``/dev/stdout`` do."""
+    folder = path.absolute().parent.resolve()
+    # There names stand for what is open, a file that stdout was sent to included.
+    named = folder == Path("/dev") or folder.is_relative_to("/proc")
+    return named or (path.exists() and not path.is_file() and not path.is_dir())
+
+
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, bring it to the disk, and only then give it its name.
+
+    A stream, as ``/dev/stdout``, is written to and not replaced.
 
     Raises:
         OSError: when it cannot be written; the temporary file is gone.
     """
+    if is_stream(path):
+        with path.open("ab", buffering=0) as stream:
+            write(stream)
+        return
     temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("wb") as stream:
