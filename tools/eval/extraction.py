@@ -28,6 +28,8 @@ _CONTINUATION = re.compile(r"(?:else|elif|except|finally)\b")
 _COPIED = re.compile(r"^[ \t]*(?:>>>|\.\.\.|>)(?: |$)|(?<=\S)```+[ \t]*$", re.MULTILINE)
 _TYPESET = str.maketrans({"\ufeff": "", "\u200b": "", "\xa0": " ", "‘": "'", "’": "'", "“": '"', "”": '"'})
 _SETTING = re.compile(r"(?:sys\.)?setrecursionlimit\([^()]*\)")
+# Methods of containers; one of the program's own class may be called as an example.
+_FILLING = frozenset({"append", "appendleft", "extend", "insert", "add", "update", "setdefault", "sort", "reverse"})
 # A statement with one of these shows or tries the program, and does not prepare it.
 _OF_EXAMPLES = frozenset({"print", "input", "open", "exit", "quit", "__name__"})
 # Parsing every prefix of a text is quadratic in its length; a statement has fewer lines at the margin than this, and an
@@ -80,8 +82,10 @@ def _changed(node: ast.AST) -> list[ast.expr]:
         return [target for target in node.targets if isinstance(target, (ast.Subscript, ast.Attribute))]
     if isinstance(node, ast.AugAssign):
         return [node.target]
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-        return [node.value.func.value]
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        function = node.value.func
+        if isinstance(function, ast.Attribute) and function.attr in _FILLING:
+            return [function.value]
     return []
 
 
