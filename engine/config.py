@@ -51,7 +51,7 @@ class DataConfig:
     template: Literal["reflection", "magicoder"] = "reflection"
     """How a conversation is rendered: ReflectionCoder's tags, or Magicoder's ``@@ Instruction`` prompt."""
     max_length: int = 4096
-    """Longest sample in tokens, BOS and EOS included; a longer one is left out and counted, never cut."""
+    """Longest sample in tokens, BOS and EOS included; a longer one is skipped and counted, never cut."""
     special_tokens_in_content: Literal["keep", "spell_out"] = "spell_out"
     """What becomes of a special token that a content spells, as HTML may spell ``</s>``: ``spell_out`` tokenises it as
     ordinary text, so that a sample has one EOS; ``keep`` makes it the token's id, as the reference does."""
@@ -370,7 +370,7 @@ class TrainConfig:
     spike_window: int = 100
     """Steps that a loss is compared with; at least 20."""
     max_skipped_steps: int = 3
-    """Steps in a row that may be left out because loss or gradient are not finite; one more stops the run."""
+    """Steps in a row that may be skipped because loss or gradient are not finite; one more stops the run."""
 
     def __post_init__(self) -> None:
         _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "a finite number above 0")

@@ -1,14 +1,18 @@
-"""Files that appear whole or not at all, through temporary names that no two writers share."""
+"""Files that appear whole or not at all, through temporary names that no two writers share, and rows that do likewise.
+
+A file of rows grows by ``append_whole``; after a kill ``end_of_rows`` tells where its last whole row ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -47,7 +51,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's entries, before going on."""
+    """Have the disk hold a file's content, or a folder's entries, before returning."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,22 +67,23 @@ def is_stream(path: Path) -> bool:
     return named or (path.exists() and not path.is_file() and not path.is_dir())
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, bring it to the disk, and only then give it its name.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A stream to a temporary file beside ``path``, which is brought to the disk and only then gets its name.
 
     A stream, as ``/dev/stdout``, is written to and not replaced.
 
     Raises:
-        OSError: when it cannot be written; the temporary file is gone.
+        OSError: when it cannot be written; the temporary file is gone, as after any other error.
     """
     if is_stream(path):
-        with path.open("ab", buffering=0) as stream:
-            write(stream)
+        with path.open("ab") as stream:
+            yield stream
         return
     temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("wb") as stream:
-            write(stream)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -88,9 +93,51 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a file that appears whole or not at all; see ``whole_file``."""
+    with whole_file(path) as stream:
+        write(stream)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all; like ``write_whole``."""
     write_whole(path, lambda stream: stream.write(text.encode()))
+
+
+def append_whole(descriptor: int, rows: bytes) -> None:
+    """Write ``rows`` behind the end of an open file, all of them or, on a full disk, none.
+
+    Raises:
+        OSError: when they could not be written; the file is as it was.
+    """
+    end, rest = os.fstat(descriptor).st_size, memoryview(rows)
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except OSError:
+        # The next row must not stand behind half a one.
+        os.ftruncate(descriptor, end)
+        raise
+
+
+def end_of_rows(descriptor: int) -> int:
+    """Bytes of an open file up to its last line end; what a killed writer left behind that is no row."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(end - (1 << 16), 0)
+        if (found := os.pread(descriptor, end - start, start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal; the file is read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def free_bytes(folder: Path) -> int:

@@ -1,10 +1,10 @@
 """One job a folder: a lock file that names its holder, outlives no job, and works between machines.
 
 The file is made by a hard link, which is atomic on local and network file systems alike (or exclusively, where there
-are none). On the holder's own machine it
-is asked whether its process still runs. From another machine the lock is watched: the holder touches it every
-``BEAT_S`` seconds, and it counts as left behind when it has not changed for ``SILENCE_S``. Only changes are looked at,
-never a clock. A holder that was suspended so long that another job took its place finds out by ``check``.
+are none). On the holder's own machine it is asked whether its process still runs. From another machine the lock is
+watched: the holder touches it every ``BEAT_S`` seconds, and it counts as left behind when it has not changed for
+``SILENCE_S``. Only changes are looked at, never a clock. A holder that was suspended so long that another job took its
+place finds out by ``check``.
 """
 
 from __future__ import annotations

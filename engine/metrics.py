@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from reflectron.engine.config import Config
-from reflectron.engine.files import write_text, write_whole
+from reflectron.engine.files import append_whole, write_text, write_whole
 from reflectron.engine.parallel.process_groups import ParallelGroups
 from reflectron.engine.text import one_line
 
@@ -47,7 +47,7 @@ class StepMetrics:
     grad_norm: float
     """L2 norm of the whole gradient before clipping."""
     skipped: bool
-    """The update was left out, because loss or gradient were not finite."""
+    """The update was skipped, because loss or gradient were not finite."""
     tokens_teacher: int
     """Tokens of teacher views that entered the model."""
     tokens_student: int
@@ -71,7 +71,7 @@ class StepMetrics:
 class MetricsLog:
     """Writes rows of one run; made on the main rank only.
 
-    A run that goes on keeps its rows up to there and loses the later ones, which it will write again. At the beginning
+    A run that resumes keeps its rows up to there and loses the later ones, which it will write again. At the beginning
     of one, files that an earlier run left are kept as ``metrics.previous.jsonl`` and so on.
 
     Args:
@@ -122,7 +122,7 @@ class MetricsLog:
         self._write_elsewhere(name, step, values)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        """Add a row to ``<name>.jsonl``; its ``step`` tells which rows a run that goes on keeps."""
+        """Add a row to ``<name>.jsonl``; its ``step`` tells which rows a run that resumes keeps."""
         if name not in self._files:
             self._files[name] = RowFile(self._folder / f"{name}.jsonl")
         self._files[name].append(row)
@@ -176,13 +176,9 @@ class RowFile:
         os.close(self._descriptor)
 
     def _write(self) -> None:
-        end = os.fstat(self._descriptor).st_size
         try:
-            rows = self._rows
-            while rows:
-                rows = rows[os.write(self._descriptor, rows) :]
+            append_whole(self._descriptor, self._rows)
         except OSError as error:
-            os.ftruncate(self._descriptor, end)
             self.waiting = f"{self._path}: {error.strerror}"
         else:
             self._rows, self.waiting = b"", ""

@@ -71,7 +71,7 @@ def train_step(
 
 
 def _outcome(sums: torch.Tensor, squared_norm: torch.Tensor, batch: GlobalBatch, groups: ParallelGroups) -> StepResult:
-    """Loss and gradient norm, read from the device together; whether the update is left out, alike on all ranks."""
+    """Loss and gradient norm, read from the device together; whether the update is skipped, alike on all ranks."""
     # Each replica may have measured the norm for itself; one must never update while another does not.
     not_finite = squared_norm.isfinite().logical_not().double()
     summed = torch.cat((_sums_of_this_rank(sums, groups), not_finite))

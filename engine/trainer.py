@@ -70,9 +70,9 @@ class Trainer:
     stopped: bool
     """Whether a signal ended ``steps`` before the run's end."""
     skipped: SkippedSteps
-    """Steps so far whose update was left out."""
+    """Steps so far whose update was skipped."""
     findings: list[Finding]
-    """Where the last step's loss or gradient were not finite; empty when it was not left out."""
+    """Where the last step's loss or gradient were not finite; empty when it was not skipped."""
 
     def __init__(self, config: Config, inputs: RunInputs, groups: ParallelGroups, lock: JobLock | None = None) -> None:
         if inputs.train is None:
@@ -183,7 +183,7 @@ class Trainer:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether no more steps in a row were left out than may be."""
+        """Whether no more steps in a row were skipped than may be."""
         return self.skipped.in_a_row <= self.config.train.max_skipped_steps
 
     def sample_ids(self, step: int) -> list[SampleId]:

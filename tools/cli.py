@@ -36,7 +36,7 @@ COMMANDS = {
     "data oss-instruct": "have a model write problems and solutions that source code inspires",
     "data decontaminate": "exclude records that hold tasks of benchmarks, with the evidence",
     "data deduplicate": "exclude exact and near duplicates, and list their groups",
-    "data analyse": "one page about a data set: languages, categories, lengths, nearness to HumanEval",
+    "data analyse": "one page about a dataset: languages, categories, lengths, nearness to HumanEval",
     "data stats": "what a training set costs: lengths, student tokens, packs, tokens saved",
     "data visible-tags": "prepare a trained checkpoint for a server that hides special tokens",
     "bench head": "measure the distillation head against its peers: time, memory, errors",

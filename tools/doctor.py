@@ -38,7 +38,7 @@ PACKAGES = (
     Package("sentencepiece", "sentencepiece", "tokenizers from tokenizer.model"),
     Package("safetensors", "safetensors", "checkpoints in and out"),
     Package("pyarrow", "pyarrow", "token store, Parquet files"),
-    Package("datasets", "datasets", "data sets named by their hub id"),
+    Package("datasets", "datasets", "datasets named by their hub id"),
     Package("omegaconf", "omegaconf", "YAML configuration"),
     Package("PyYAML", "yaml", "YAML itself"),
     Package("packaging", "packaging", "compares versions"),

@@ -100,7 +100,7 @@ class RunLog:
         self.metrics.append("spikes", found | {"samples": [vars(sample) for sample in samples]})
 
     def skipped(self, row: StepMetrics, findings: list[Finding], samples: list[SampleId], in_a_row: int) -> None:
-        """Record and show why a step was left out: a line, and one for each finding."""
+        """Record and show why a step was skipped: a line, and one for each finding."""
         allowed = self.config.train.max_skipped_steps
         self.line(
             f"step {row.step}/{self.total_steps}  left out: loss {row.loss}, gradient norm {row.grad_norm} "

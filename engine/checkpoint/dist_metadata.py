@@ -69,7 +69,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _content(path: Path) -> bytes:
-    """Of a regular file, never more than the limit: a pipe or a device has no end."""
+    """Read a regular file, and never more than the limit: a pipe or a device has no end."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

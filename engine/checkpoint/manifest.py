@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reflectron.engine.files import write_text
+from reflectron.engine.files import sha256_of, write_text
 from reflectron.engine.text import printable
 
 MANIFEST = "manifest.json"
@@ -33,7 +33,7 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class SkippedSteps:
-    """Steps whose update was left out because loss or gradient were not finite."""
+    """Steps whose update was skipped because loss or gradient were not finite."""
 
     total: int = 0
     """Of the run so far."""
@@ -65,12 +65,7 @@ class Manifest:
 
 def digest_file(path: Path) -> FileDigest:
     """Size and SHA-256 of a file, read in pieces."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
-    return FileDigest(size, digest.hexdigest())
+    return FileDigest(path.stat().st_size, sha256_of(path))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -62,7 +62,7 @@ class SafetensorsSource:
         return file_of or dict.fromkeys(self._open(single.name).keys(), single.name)
 
     def names(self) -> list[str]:
-        """Of every tensor that transformers would load: those of all files that the index names.
+        """The names of all tensors that transformers would load: those of all files that the index names.
 
         Raises:
             ValueError: when a file is missing or damaged, or the index and the files disagree.

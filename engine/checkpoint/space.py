@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from reflectron.engine.checkpoint.hf_table import checkpoint_tensors
+from reflectron.engine.choices import assert_never
 from reflectron.engine.config import Config
 from reflectron.engine.files import free_bytes, gib
 from reflectron.engine.model.families import Architecture
@@ -22,12 +23,12 @@ def with_framing(tensor_bytes: int) -> int:
 
 
 def export_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Of a Hugging Face checkpoint with weights of ``dtype``."""
+    """Bytes that a Hugging Face checkpoint with weights of ``dtype`` takes."""
     return with_framing(_parameters(arch) * dtype.itemsize)
 
 
 def checkpoint_bytes(config: Config, arch: Architecture) -> int:
-    """Of one training checkpoint: weights, float32 copies of bfloat16 ones, and AdamW's moments.
+    """Bytes that one training checkpoint takes: weights, float32 copies of bfloat16 ones, and AdamW's moments.
 
     Adafactor's averages are rows and columns, which the framing's share covers.
     """
@@ -35,6 +36,8 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
     if config.optimizer.name == "adamw":
         moments = (config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype)
         a_parameter += sum(getattr(torch, name).itemsize for name in moments)
+    elif config.optimizer.name != "adafactor":
+        assert_never(config.optimizer.name)
     return with_framing(_parameters(arch) * a_parameter)
 
 

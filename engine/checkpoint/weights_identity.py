@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from reflectron.engine.checkpoint.sources import INDEX_FILE, SINGLE_FILE
+
 _READ_WHOLE = 1 << 29
 _PIECE = 4096
 _PIECES_OF_FILE = 256
 _LARGEST_HEADER = 100_000_000
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def weights_identity(folder: str) -> str:
@@ -43,10 +44,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / ".metadata").exists():
         return [folder / ".metadata", *sorted(folder.glob("*.distcp"))]
     try:
-        names = json.loads((folder / _INDEX).read_bytes())["weight_map"].values()
+        names = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values()
         return [folder / name for name in sorted(set(names))]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return [folder / _SINGLE] if (folder / _SINGLE).exists() else []
+        return [folder / SINGLE_FILE] if (folder / SINGLE_FILE).exists() else []
 
 
 def _pieces(stream: IO[bytes], size: int, whole: bool, is_safetensors: bool) -> Iterator[bytes]:

@@ -25,7 +25,7 @@ Undecodable = Literal["strict", "surrogateescape"]
 
 
 def split_records(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
-    """Line number and bytes of each record, blank lines left out.
+    """Line number and bytes of each record, blank lines skipped.
 
     Raises:
         ValueError: when the file is neither one record a line nor a whole array.
@@ -173,7 +173,7 @@ def _grown(size: int, text: bytes) -> int:
 
 
 def _check_one_a_line(first: list[RawRecord]) -> None:
-    """Refuse an object that is a whole data set, on one line or over several.
+    """Refuse an object that is a whole dataset, on one line or over several.
 
     Args:
         first: the first two records, if there are as many.

@@ -1,4 +1,4 @@
-"""A data file (JSON lines, a JSON array, Parquet, or a data set of the hub) comes in, its records go out in chunks.
+"""A data file (JSON lines, a JSON array, Parquet, or a dataset of the hub) comes in, its records go out in chunks.
 
 Everything that reads records reads them here. Files are streamed, never held in memory. A chunk keeps records as they
 were read (bytes of JSON, or an Arrow batch), so that decoding happens where the chunk is used, which may be another
@@ -149,7 +149,7 @@ def _chunks(file: DataFile, size: int) -> Iterator[Chunk]:
 
 
 def source_identity(file: DataFile, known: SourceIdentity | None = None) -> SourceIdentity:
-    """Size, time of change and SHA-256 of what ``file`` holds; for a hub data set, of its local copy.
+    """Size, time of change and SHA-256 of what ``file`` holds; for a hub dataset, of its local copy.
 
     The hash is taken from ``known`` where size and time are unchanged.
 

@@ -44,9 +44,9 @@ class FileSummary:
     path: str
     records: int
     too_long: int
-    """Records that are left out for their length alone."""
+    """Records that are skipped for their length alone."""
     rejected: dict[str, int]
-    """Other records that are left out, by kind of fault, commonest first."""
+    """Other records that are skipped, by kind of fault, commonest first."""
     special_tokens: dict[str, int]
     """Samples whose contents spell a special token, by token, commonest first."""
     with_special_tokens: int
@@ -57,7 +57,7 @@ class FileSummary:
         """Count.
 
         Args:
-            reasons: of all records that are left out.
+            reasons: of all records that are skipped.
             spelt: special tokens of each sample whose contents spell any.
         """
         faults = Counter(reason.split(":")[0] for reason in reasons)

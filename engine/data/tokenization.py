@@ -16,7 +16,7 @@ from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, Template, Tokeniz
 
 SpecialTokens = Literal["keep", "spell_out"]
 TOO_LONG = "too long"
-"""The fault of records that are left out for their length alone, which is no fault of the data."""
+"""The fault of records that are skipped for their length alone, which is no fault of the data."""
 
 # To be raised when some record comes to other ids or another structure than before: stores are then made anew, and a
 # run in progress is refused rather than changed.

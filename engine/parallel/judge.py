@@ -44,6 +44,8 @@ class Judge:
 
     def __init__(self, limits: WatchdogLimits, now: float, expected: Sequence[int] = ()) -> None:
         self.limits, self.expected = limits, expected
+        self.someone_failed = False
+        """Whether the last verdict is that of a rank which said itself why it ends."""
         self._seen: dict[int, _Seen] = {}
         self._began = self._progressed = now
 
@@ -69,6 +71,7 @@ class Judge:
                 self._seen[rank] = _Seen(note, now)
         watched = {rank: seen for rank, seen in sorted(self._seen.items()) if not seen.note.done}
         failed = [(seen.note.order, rank) for rank, seen in watched.items() if seen.note.words]
+        self.someone_failed = bool(failed)
         if failed:
             _, first = min(failed)
             return _failed_first(first, watched[first].note)

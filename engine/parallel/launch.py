@@ -369,7 +369,9 @@ def _watch(rank: int, pid: int, events: SimpleQueue[_Event]) -> None:
         if result.si_code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
             events.put(_Exited(rank))
             return
-        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+        # A rank that has exited in the meantime is no child to wait for here; the next turn finds it.
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
         events.put(_Stopped(rank, result.si_code == os.CLD_STOPPED))
 
 

@@ -84,7 +84,7 @@ class Seal:
         self._secret = os.environ.get(RUN_SECRET, "").encode()
 
     def prefix(self) -> str:
-        """Of the keys, which nobody else knows."""
+        """The prefix of the keys, which nobody else knows."""
         return f"watchdog-{self._sign('prefix', b'')[:16]}"
 
     def close(self, key: str, text: str) -> str:
@@ -105,7 +105,7 @@ class Seal:
 
 
 def note_text(note: Note) -> str:
-    """For the store."""
+    """The note as it stands in the store."""
     return json.dumps(asdict(note))
 
 

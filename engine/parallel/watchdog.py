@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -40,6 +40,24 @@ _VERDICT = "verdict"
 _MOST_OF_A_VERDICT = 1000
 
 
+@dataclass(frozen=True)
+class _Verdict:
+    """Why the job ends; no words while it does not."""
+
+    words: str = ""
+    someone_failed: bool = False
+    """A rank said itself why it ends, so others may be about to meet the same error."""
+
+    def text(self) -> str:
+        """The verdict as it stands in the store; a digit in front says whether a rank has failed."""
+        return f"{self.someone_failed:d}{self.words}"
+
+    @staticmethod
+    def of(text: str) -> _Verdict:
+        """The verdict of ``text``."""
+        return _Verdict(text[1:], text[:1] == "1")
+
+
 class Watchdog:
     """Watches from the moment it is made; every rank makes one, before it joins the process groups.
 
@@ -53,7 +71,7 @@ class Watchdog:
         self.progress, self.limits, self.beat_s = progress, limits, beat_s
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.progress.note = replace(progress.note, host=socket.gethostname())
-        self._verdict = ""
+        self._verdict = _Verdict()
         self._failing = False
         self._stopping, self._judged = threading.Event(), threading.Event()
         self._talk = _Talk(self)
@@ -106,8 +124,9 @@ class Watchdog:
             # Time in which this process stood still itself.
             judge.forgive(max(0.0, time.monotonic() - asleep - 2 * self.beat_s))
             asleep = time.monotonic()
-            self._verdict = self._talk.verdict or judge.judge(self._talk.heard(), asleep)
-            if self._verdict:
+            words = judge.judge(self._talk.heard(), asleep)
+            self._verdict = self._talk.verdict if self._talk.verdict.words else _Verdict(words, judge.someone_failed)
+            if self._verdict.words:
                 self._end()
                 return
 
@@ -115,14 +134,14 @@ class Watchdog:
         if self.rank == 0:
             self._talk.publish(self._verdict)
         self._judged.set()
-        if "failed first" in self._verdict:
+        if self._verdict.someone_failed:
             self._stopping.wait(_FAILING_GRACE_S)
         if not self._failing and not self._stopping.is_set():
             self._leave()
 
     def _leave(self) -> NoReturn:
         # One write, so that the lines of many ranks do not mix.
-        verdict = printable(self._verdict, _MOST_OF_A_VERDICT)
+        verdict = printable(self._verdict.words, _MOST_OF_A_VERDICT)
         sys.stderr.write(f"reflectron: rank {self.rank} ends: {verdict} (exit code {WATCHDOG_EXIT_CODE})\n")
         sys.stderr.flush()
         # The main thread may be inside a collective, which nothing interrupts.
@@ -135,14 +154,14 @@ class _Talk:
     def __init__(self, watchdog: Watchdog) -> None:
         self.rank, self.world_size, self.beat_s = watchdog.rank, watchdog.world_size, watchdog.beat_s
         self.progress = watchdog.progress
-        self.verdict = ""
+        self.verdict = _Verdict()
         """Rank 0's, on other ranks."""
         self._seal = Seal()
         self._notes: dict[int, Note] = {}
         self._beats = self._rounds = 0
         self._met, self._hurry, self._ending = threading.Event(), threading.Event(), threading.Event()
         self._said = threading.Event()
-        self._publishing, self._published = "", threading.Event()
+        self._publishing, self._published = _Verdict(), threading.Event()
         self._store: Store | None = None
         self._patience_s = _CONNECT_S
         self.thread = threading.Thread(target=self._run, daemon=True, name="watchdog store")
@@ -188,7 +207,7 @@ class _Talk:
         self._hurry.set()
         self._said.wait(timeout_s)
 
-    def publish(self, verdict: str) -> None:
+    def publish(self, verdict: _Verdict) -> None:
         """Have all others read it, if they still can."""
         self._publishing = verdict
         self._hurry.set()
@@ -239,14 +258,14 @@ class _Talk:
         self._beats += 1
         note = replace(self.progress.note, beats=self._beats)
         store.set(_key(self.rank), self._seal.close(_key(self.rank), note_text(note)))
-        if self._publishing:
-            store.set(_VERDICT, self._seal.close(_VERDICT, self._publishing))
+        if self._publishing.words:
+            store.set(_VERDICT, self._seal.close(_VERDICT, self._publishing.text()))
             self._wait_until_heard(store)
         self._notes = self._read_notes(store)
         if self.rank != 0 and store.check([_VERDICT]):
             text = self._seal.open(_VERDICT, store.get(_VERDICT))
-            if text and not self.verdict:
-                self.verdict = text
+            if text and not self.verdict.words:
+                self.verdict = _Verdict.of(text)
                 store.add("heard", 1)
 
     def _read_notes(self, store: Store) -> dict[int, Note]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -46,6 +47,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(MODEL, "another_model")
     settings = json.loads(Path("another_model/config.json").read_text(encoding="utf-8"))
     Path("another_model/config.json").write_text(json.dumps(settings | {"num_hidden_layers": 4}), encoding="utf-8")
+    shutil.copytree(MODEL, "wider_model")
+    wider = settings | {"intermediate_size": 2 * settings["intermediate_size"]}
+    Path("wider_model/config.json").write_text(json.dumps(wider), encoding="utf-8")
     return tmp_path
 
 
@@ -56,6 +60,10 @@ MISTAKES = {
         ["backends.attention is 'torch_varlen', expected 'auto' or 'sdpa': needs CUDA"],
     ),
     "no weights": (["model.path=no_weights"], ["no_weights has no model.safetensors"]),
+    "weights of another model": (
+        ["model.path=another_model"],
+        ["another_model has no tensor model.layers.3.", "do not belong together"],
+    ),
     "missing data": (["data.train[0].path=missing.jsonl"], ["data file missing.jsonl does not exist"]),
     "missing validation data": (["data.validation[0].path=missing.jsonl"], ["data file missing.jsonl does not exist"]),
     "folder as data": (["data.train[0].path=empty_folder"], ["data file empty_folder is a folder, expected a file"]),
@@ -200,10 +208,10 @@ def test_the_real_command_ends_at_once() -> None:
 
 @pytest.mark.slow
 def test_a_failure_of_a_rank_ends_all_ranks(workplace: Path) -> None:
-    """Tensors are read by the ranks, so that they are the first to miss one."""
-    done, _ = run_command(*TRAIN, "model.path=another_model")
+    """Tensors are read by the ranks, so that they are the first to see one of another shape."""
+    done, _ = run_command(*TRAIN, "model.path=wider_model")
     assert done.returncode == 2
-    assert "reflectron train: error: another_model has no tensor model.layers.3." in done.stderr
+    assert re.search(r"reflectron train: error: wider_model/\S+: model\.layers\.0\.mlp\.\S+ has shape ", done.stderr)
     assert "Traceback" not in done.stderr
     assert "failed first: exit code 2" in done.stderr
     # This test's own process works here, too.

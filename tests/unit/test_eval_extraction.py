@@ -257,9 +257,9 @@ def test_a_body_completes_the_prompt() -> None:
         "def strlen(\x00):\n  return 3",
         "```python\nx = '\ud800'\n```",
         "(" * 100_000,
-        "def f():\n" * 5_000,
-        "from here\n" * 5_000,
-        "```\n" * 20_000,
+        "def f():\n" * 2_000,
+        "from here\n" * 2_000,
+        "```\n" * 4_000,
     ],
 )
 def test_what_holds_no_program_ends_soon_and_gives_none(raw: str) -> None:

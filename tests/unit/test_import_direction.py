@@ -13,7 +13,7 @@ ROOMS = ("kernels", "engine", "tools")
 
 # Each room of engine may import itself, its own level and the levels above it in this list.
 ENGINE_LEVELS = (
-    {"config", "text", "terminal", "files"},
+    {"config", "choices", "text", "terminal", "files"},
     {"job_lock"},
     {"data"},
     {"parallel"},

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -160,6 +162,28 @@ def test_a_rank_that_stops_for_a_while_goes_on(tmp_path: Path, monkeypatch: pyte
         "os.kill(pid, signal.SIGSTOP)\nos.wait()\n"
     )
     assert spawn(script, 2, tmp_path) == 0
+
+
+def test_a_rank_that_ends_just_as_it_goes_on_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    waitid, events = os.waitid, SimpleQueue[object]()
+    with subprocess.Popen(["sleep", "60"]) as process:
+
+        def kill_after_continuing(kind: int, pid: int, options: int) -> os.waitid_result | None:
+            result = waitid(kind, pid, options)
+            if result is not None and result.si_code == os.CLD_CONTINUED:
+                process.kill()
+                waitid(kind, pid, os.WEXITED | os.WNOWAIT)
+            return result
+
+        monkeypatch.setattr(os, "waitid", kill_after_continuing)
+        watcher = threading.Thread(target=launch._watch, args=(0, process.pid, events), daemon=True)
+        watcher.start()
+        process.send_signal(signal.SIGSTOP)
+        assert events.get(timeout=20) == launch._Stopped(0, True)
+        process.send_signal(signal.SIGCONT)
+        assert events.get(timeout=20) == launch._Stopped(0, False)
+        assert events.get(timeout=20) == launch._Exited(0)
+        watcher.join()
 
 
 def test_time_in_which_all_stand_still_is_not_counted(tmp_path: Path) -> None:

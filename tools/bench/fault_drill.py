@@ -62,6 +62,8 @@ class Tally:
     """Starts that named the damage in one line and ended."""
     runs: int = 0
     """Compared with the one that was never stopped."""
+    traps: int = 0
+    """Set so far."""
     cold: int = 0
     """Kills in a start of the whole command."""
     losses: list[str] = field(default_factory=list)
@@ -109,7 +111,7 @@ def drill(folder: Path, config: str | None, overrides: list[str], *, kills: int,
     reference = DrilledRun(folder / "reference", path, overrides, world_size)
     load_s = _run_reference(reference)
     want = _Wanted(kills, injuries, load_s)
-    while (tally.kills < kills or tally.injuries < injuries) and not tally.losses:
+    while want.more(tally) and not tally.losses:
         tally.runs += 1
         run = DrilledRun(folder / f"run_{tally.runs}", path, overrides, world_size)
         _drill_run(run, generator, want, tally)
@@ -130,6 +132,10 @@ class _Wanted:
     load_s: float
     """From a start to the first step."""
 
+    def more(self, tally: Tally) -> bool:
+        """Whether there is something left to do; injuries come between a kill and the next start."""
+        return tally.kills < self.kills or tally.injuries < self.injuries
+
 
 def _run_reference(reference: DrilledRun) -> float:
     """Run to the end, undisturbed; seconds from the start to the first step."""
@@ -147,9 +153,12 @@ def _drill_run(run: DrilledRun, generator: random.Random, want: _Wanted, tally: 
     while True:
         injuries = _injure(run, generator, want, tally)
         cold = tally.kills % _COLD_EVERY == _COLD_EVERY - 1
-        trap = TRAPS[tally.kills // _TRAP_EVERY % len(TRAPS)] if not cold and tally.kills % _TRAP_EVERY == 0 else None
-        life = run.start(cold=cold, trap=trap if tally.kills < want.kills else None)
-        if tally.kills >= want.kills:
+        trap = None
+        if not cold and tally.kills % _TRAP_EVERY == 0:
+            # The next one, also where the last did not spring, as that of a resumed run in one that begins.
+            trap, tally.traps = TRAPS[tally.traps % len(TRAPS)], tally.traps + 1
+        life = run.start(cold=cold, trap=trap if want.more(tally) else None)
+        if not want.more(tally):
             struck = False
         elif life.trapped:
             struck = _spring(life, trap, tally)
@@ -164,7 +173,7 @@ def _drill_run(run: DrilledRun, generator: random.Random, want: _Wanted, tally: 
         _look_at_names(life, injuries, tally)
         if code:
             tally.losses.append(f"{life.output}: exit code {code}: {life.tail()}; {', '.join(map(str, injuries))}")
-        if not struck and (code or tally.kills >= want.kills or _is_finished(run)):
+        if not struck and (code or not want.more(tally) or _is_finished(run)):
             return
 
 

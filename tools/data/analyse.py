@@ -38,11 +38,11 @@ img { max-width: 100%; }
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument("data", nargs="+", metavar="DATA", help="JSONL or Parquet file, or id of a hub data set")
-    parser.add_argument("--humaneval", required=True, metavar="SOURCE", help="HumanEval as a file or hub data set")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="JSONL or Parquet file, or id of a hub dataset")
+    parser.add_argument("--humaneval", required=True, metavar="SOURCE", help="HumanEval as a file or hub dataset")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page")
     parser.add_argument("--tokenizer", metavar="DIR", help="lengths in its tokens; in words without one")
-    parser.add_argument("--split", default="train", help="split of hub data sets that are read (default: train)")
+    parser.add_argument("--split", default="train", help="split of hub datasets that are read (default: train)")
     parser.add_argument("--limit", type=int, metavar="N", help="first N records of each file only")
 
 

@@ -1,4 +1,4 @@
-"""A benchmark's file or hub data set comes in, the texts that must not be trained on go out.
+"""A benchmark's file or hub dataset comes in, the texts that must not be trained on go out.
 
 The benchmark is recognised by its columns: HumanEval(+), MBPP(+), DS-1000, APPS, GSM8K, MultiPL-E. Each task gives the
 problem's description and, where the benchmark publishes one, its solution; HumanEval's prompts also count as a whole,
@@ -40,7 +40,7 @@ def load_benchmark(source: str) -> list[Fragment]:
     """The fragments of one benchmark.
 
     Args:
-        source: a file that training could read; or a data set of the hub as ``name``, ``name:configuration`` and
+        source: a file that training could read; or a dataset of the hub as ``name``, ``name:configuration`` and
             ``name:configuration@split`` (split ``test`` by default).
 
     Raises:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import IO
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.sources import Record
-from reflectron.engine.files import temporary_name
+from reflectron.engine.files import whole_file
 
 # Names of a conversation's structure, not of its content.
 _STRUCTURE = ("role", "type")
@@ -134,15 +133,10 @@ def data_files(paths: Sequence[str], split: str) -> dict[str, DataFile]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when it is complete, and not at all after an error."""
-    temporary = path.with_name(temporary_name(path.name))
+    """A file in a folder that is made; it appears when it is complete, and not at all after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as stream:
+        yield stream
 
 
 @contextlib.contextmanager

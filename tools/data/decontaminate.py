@@ -30,17 +30,17 @@ _ALLOWED_KEYS = ("benchmark", "task_id", "text")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument("data", nargs="+", metavar="DATA", help="JSONL or Parquet file, or id of a hub data set")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="JSONL or Parquet file, or id of a hub dataset")
     parser.add_argument(
         "--benchmarks",
         nargs="+",
         required=True,
         metavar="SOURCE",
-        help="files of JSON or Parquet, or hub data sets as name:configuration@split",
+        help="files of JSON or Parquet, or hub datasets as name:configuration@split",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of what is written")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="look at these only (default: all)")
-    parser.add_argument("--split", default="train", help="split of hub data sets that are read (default: train)")
+    parser.add_argument("--split", default="train", help="split of hub datasets that are read (default: train)")
     parser.add_argument("--min-words", type=int, default=10, help="shorter matches are no evidence (default: 10)")
     parser.add_argument("--ngram", type=int, default=6, help="words of an n-gram (default: 6)")
     parser.add_argument("--overlap", type=float, default=0.5, help="share of n-grams that is evidence (default: 0.5)")

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument("data", nargs="+", metavar="DATA", help="JSONL or Parquet file, or id of a hub data set")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="JSONL or Parquet file, or id of a hub dataset")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of what is written")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="compare these only (default: all)")
-    parser.add_argument("--split", default="train", help="split of hub data sets that are read (default: train)")
+    parser.add_argument("--split", default="train", help="split of hub datasets that are read (default: train)")
     parser.add_argument(
         "--threshold", type=float, default=0.7, help="least Jaccard similarity (default: 0.7; above 1: exact only)"
     )

@@ -61,13 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data",
         nargs="+",
         metavar="[LANGUAGE=]DATA",
-        help="source code: JSONL or Parquet file, or id of a hub data set, one document a record",
+        help="source code: JSONL or Parquet file, or id of a hub dataset, one document a record",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run; it can be continued")
     parser.add_argument("--quota", nargs="+", metavar="LANGUAGE=N", help="seeds (default: the paper's 40k and 8 x 5k)")
     parser.add_argument("--content-column", default="content", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--language-column", default="lang", metavar="NAME", help="(default: %(default)s)")
-    parser.add_argument("--split", default="train", help="split of hub data sets (default: %(default)s)")
+    parser.add_argument("--split", default="train", help="split of hub datasets (default: %(default)s)")
     add_client_arguments(parser, temperature=0.0)
 
 

@@ -32,9 +32,9 @@ STATS = "stats.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Problems, the generator, and how far to go with a problem."""
-    parser.add_argument("problems", nargs="+", metavar="FILE", help="JSON lines, Parquet, or the id of a hub data set")
+    parser.add_argument("problems", nargs="+", metavar="FILE", help="JSON lines, Parquet, or the id of a hub dataset")
     parser.add_argument("--out", required=True, type=Path, help="folder of the samples and of all that was asked")
-    parser.add_argument("--split", default="train", help="of a hub data set (default: %(default)s)")
+    parser.add_argument("--split", default="train", help="of a hub dataset (default: %(default)s)")
     parser.add_argument("--column", help="of the problem's text (default: instruction, problem, query, ..., messages)")
     parser.add_argument("--limit", type=int, help="records to read")
     parser.add_argument(

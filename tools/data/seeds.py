@@ -121,7 +121,7 @@ def _document(row: object, language: str | None, content_column: str, language_c
 
 
 def language_name(name: str) -> str:
-    """The name under which Magicoder's data set has a language."""
+    """The name under which Magicoder's dataset has a language."""
     return _ALIASES.get(name.strip().lower(), name.strip().lower())
 
 

@@ -17,6 +17,10 @@ MOST_ITEMS = 100_000
 JOB_FILE = "job.data"
 REPORT_MARK = "\nreport: "
 
+Ending = Literal["pass", "fail", "timeout", "silent", "called", "impossible"]
+"""How a test ended. ``silent``: the function's process ended before it answered. ``called``: the first call of a probe.
+``impossible``: the test asks for what cannot cross."""
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments by position and by name."""
 
@@ -50,9 +54,7 @@ class Tests(TypedDict):
 class Report(TypedDict):
     """What the process of the test says at its end, as JSON behind ``REPORT_MARK`` on stderr, test by test."""
 
-    ended: Literal["pass", "fail", "timeout", "silent", "called", "impossible"]
-    """``silent``: the function's process ended before it answered. ``called``: the first call of a probe.
-    ``impossible``: the test asks for what cannot cross."""
+    ended: Ending
     input: str
     expected: str
     got: str

@@ -21,13 +21,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from reflectron.tools.eval.check_messages import (
     JOB_FILE,
     JOB_LIMITS,
     LIMITS,
     REPORT_MARK,
+    Ending,
     Report,
     Test,
     Tests,
@@ -39,7 +40,6 @@ _SHOWN_CHARACTERS = 300
 _TEST_FILE = "<test>"
 _PROBE_SECONDS = 60
 _BUFFER_BYTES = 1 << 16
-_Ending = Literal["pass", "fail", "timeout", "silent", "called", "impossible"]
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ class _Check:
             self._say("fail", f"its process ends with exit code {os.waitstatus_to_exitcode(status)}")
 
     def run(self) -> NoReturn:
-        """Run prompt, test and check, and end this process with the report of what came of it."""
+        """Run prompt, test and check, and end this process with a report of the result."""
         name = self._test["entry_point"]
         candidate = self._candidate(name)
         # What the candidate raises in a thread of the test would end that thread, and no more.
@@ -229,12 +229,12 @@ class _Check:
             said = f"{self._told}; {said}"
         self._end("fail", said, line)
 
-    def _end(self, ended: _Ending, got: str = "", expected: str = "") -> NoReturn:
+    def _end(self, ended: Ending, got: str = "", expected: str = "") -> NoReturn:
         """Report and leave at once, past all that the test could catch."""
         self._say(ended, got, expected)
         os._exit(0)
 
-    def _say(self, ended: _Ending, got: str = "", expected: str = "") -> None:
+    def _say(self, ended: Ending, got: str = "", expected: str = "") -> None:
         report = Report(
             ended=ended, input=self._asked, expected=expected, got=got[:_SHOWN_CHARACTERS], number=self._number
         )

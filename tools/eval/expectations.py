@@ -6,7 +6,6 @@ common, then for each input its arguments and the expected answer.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -21,9 +20,10 @@ from typing import Any, Literal
 
 from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS, MBPP_OUTPUT_SET_EQ_TASKS
 
-from reflectron.engine.files import write_text
+from reflectron.engine.files import sha256_of, whole_file, write_text
 from reflectron.engine.text import printable
 from reflectron.tools.eval.answers import AnswerPipes, Program
+from reflectron.tools.eval.verdict_file import package_version
 from reflectron.tools.sandbox.plain_data import (
     FORMAT_VERSION,
     DataLimits,
@@ -64,7 +64,7 @@ class Task:
     def key(self) -> str:
         """SHA-256 of all that determines its expected answers."""
         digest = hashlib.sha256()
-        versions = [_CACHE_VERSION, FORMAT_VERSION, platform.python_version(), _version("numpy")]
+        versions = [_CACHE_VERSION, FORMAT_VERSION, platform.python_version(), package_version("numpy")]
         state = [self.dataset, self.entry_point, self.canonical, self.atol, *versions]
         for part in (json.dumps(state).encode(), *encoded_inputs(self)):
             digest.update(hashlib.sha256(part).digest())
@@ -123,7 +123,7 @@ class Expectations:
         files, times = self._paths(task)
         try:
             kept = json.loads(times.read_text(encoding="utf-8"))
-            if kept["sha256"] == [_digest(path) for path in files]:
+            if kept["sha256"] == [sha256_of(path) for path in files]:
                 base, plus = kept["seconds"]
                 return Expectation(files, (base, plus))
         except (OSError, ValueError, KeyError, TypeError):
@@ -135,7 +135,7 @@ class Expectations:
         self._cache.mkdir(parents=True, exist_ok=True)
         seconds = _make(task, files, self._kind)
         # Written last: where it is, the answers are whole.
-        write_text(times, json.dumps({"seconds": seconds, "sha256": [_digest(path) for path in files]}))
+        write_text(times, json.dumps({"seconds": seconds, "sha256": [sha256_of(path) for path in files]}))
         return Expectation(files, seconds)
 
 
@@ -161,16 +161,18 @@ def _make(task: Task, files: tuple[Path, Path], kind: SandboxKind) -> tuple[list
 
 
 def _write_suite(task: Task, inputs: Sequence[Any], answers: int, path: Path, why: str) -> list[float]:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     common = {"dataset": task.dataset, "entry_point": task.entry_point, "atol": task.atol, "count": len(inputs)}
     seconds: list[float] = []
-    with open(answers, "rb") as stream, gzip.open(partial, "wb", compresslevel=1) as file:
+    with (
+        open(answers, "rb") as stream,
+        whole_file(path) as whole,
+        gzip.open(whole, "wb", compresslevel=1) as file,
+    ):
         write_message(file, common)  # type: ignore[arg-type]
         for arguments in inputs:
             took, answer = _expected(task, stream, len(seconds), why)
             seconds.append(took)
             write_message(file, (arguments, answer), _TRUSTED_LIMITS)  # type: ignore[arg-type]
-    partial.replace(path)
     return seconds
 
 
@@ -187,19 +189,3 @@ def _expected(task: Task, stream: Any, number: int, why: str) -> tuple[float, An
     if outcome != "answer":
         raise ValueError(f"the canonical solution of {task.task_id} ends with {outcome}: {printable(answer)}")
     return took, answer
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    import importlib.metadata
-
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return ""

@@ -20,7 +20,7 @@ from reflectron.engine.text import printable
 from reflectron.tools.eval.check_messages import JOB_FILE, JOB_LIMITS, REPORT_MARK, Program, Report, Test, Tests
 from reflectron.tools.eval.judging import in_threads, tracked
 from reflectron.tools.eval.problems import Problem
-from reflectron.tools.eval.verdict import Verdict
+from reflectron.tools.eval.verdict import Verdict, limit_verdict
 from reflectron.tools.sandbox.dialogue import Dialogue, Speaker, hold_dialogue
 from reflectron.tools.sandbox.plain_data import write_message
 from reflectron.tools.sandbox.process import Limits, Outcome, SandboxKind, run_sandboxed, sandbox_folder
@@ -163,8 +163,8 @@ def _verdict(dialogue: Dialogue) -> Verdict:
 
 def _ended(outcome: Outcome) -> Verdict:
     """How a process ended that should have gone on."""
-    if outcome.ended in ("wall_time", "cpu_time", "idle"):
-        return Verdict("timeout", got=f"limit: {outcome.ended}")
+    if outcome.ended == "signal":
+        return Verdict("fail", got="a signal")
     if outcome.ended != "exited":
-        return Verdict("fail", got="a signal" if outcome.ended == "signal" else f"limit: {outcome.ended}")
+        return limit_verdict(outcome.ended)
     return Verdict("fail", got=outcome.stderr.strip()[-_SHOWN_CHARACTERS:] or f"exit code {outcome.returncode}")

@@ -77,12 +77,16 @@ def judge_samples(
             else:
                 kept.write(keys[number], samples[number], verdicts)
     if errors:
-        if len(errors) == len(missing) and not all(isinstance(error, _OF_SAMPLES) for error in errors):
-            # A fault of ours, which must not look like a score.
-            raise errors[0]
-        reason = one_line(errors[0])
-        print(f"{len(errors)} samples could not be judged and count as failed: {reason}", file=sys.stderr)
+        _report_not_judged(errors, len(missing))
     return [not_judged[n] if n in not_judged else kept.verdicts[key] for n, key in enumerate(keys)]
+
+
+def _report_not_judged(errors: Sequence[Exception], tried: int) -> None:
+    """Say on stderr how many of ``tried`` samples could not be judged; raises the first error where it was ours."""
+    if len(errors) == tried and not all(isinstance(error, _OF_SAMPLES) for error in errors):
+        # A fault of ours, which must not look like a score.
+        raise errors[0]
+    print(f"{len(errors)} samples could not be judged and count as failed: {one_line(errors[0])}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Problem:
     """One task."""
 
     task_id: str
-    """As published; ``DS-1000/<n>`` where the data set only numbers its problems."""
+    """As published; ``DS-1000/<n>`` where the dataset only numbers its problems."""
     prompt: str
     """What a base model continues."""
     entry_point: str
@@ -61,7 +61,7 @@ def load_problems(dataset: Dataset, path: Path) -> list[Problem]:
     """Read a file of problems, plain or ``.gz``.
 
     Raises:
-        ValueError: naming the file and line of a row that is not of this data set, or a task that comes twice.
+        ValueError: naming the file and line of a row that is not of this dataset, or a task that comes twice.
     """
     problems: dict[str, Problem] = {}
     for number, row in read_json_lines(path):

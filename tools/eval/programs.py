@@ -19,7 +19,7 @@ from pathlib import Path
 from reflectron.engine.text import printable
 from reflectron.tools.eval.problems import Dataset, Problem
 from reflectron.tools.eval.samples import Sample
-from reflectron.tools.eval.verdict import Verdict, Verdicts
+from reflectron.tools.eval.verdict import Verdict, Verdicts, limit_verdict
 from reflectron.tools.sandbox.process import Limits, Outcome, SandboxKind, run_sandboxed, sandbox_folder
 
 # Of the clock; what counts is the CPU time, so that a loaded machine passes what an idle one passes.
@@ -89,7 +89,7 @@ _PYTHON = Toolchain("problem.py", ((sys.executable, "-I", "-c", _RUN_PYTHON),), 
 
 
 def with_toolchain(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Sample]:
-    """The samples of MultiPL-E that can be run here; prints which languages are left out.
+    """The samples of MultiPL-E that can be run here; prints which languages are skipped.
 
     Raises:
         ValueError: when there is none.
@@ -211,9 +211,7 @@ def _visible(program: Path | None) -> list[Path]:
 
 
 def _verdict(outcome: Outcome) -> Verdict:
-    if outcome.ended in ("wall_time", "cpu_time", "idle"):
-        return Verdict("timeout", got=f"limit: {outcome.ended}")
-    if outcome.ended not in ("exited", "signal"):
-        return Verdict("fail", got=f"limit: {outcome.ended}")
+    if outcome.ended != "exited" and outcome.ended != "signal":
+        return limit_verdict(outcome.ended)
     said = (outcome.stderr or outcome.stdout).strip()
     return Verdict("fail", got=said[-300:] or f"exit code {outcome.returncode}")

@@ -23,7 +23,7 @@ class Published:
     model: str
     source: str
     pass_at_1: dict[str, tuple[float, float]]
-    """By data set: base and plus tests."""
+    """By dataset: base and plus tests."""
 
 
 PUBLISHED = tuple(

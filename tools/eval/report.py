@@ -19,7 +19,7 @@ def write_report(folder: Path, model: str, result: Mapping[str, Any], other: Map
     Args:
         model: what the checkpoint is called in tables.
         result: a ``Score``.
-        other: the score of another run on the same data set, with its ``model``.
+        other: the score of another run on the same dataset, with its ``model``.
 
     Returns:
         The page's path.

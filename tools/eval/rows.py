@@ -9,6 +9,7 @@ from typing import Any
 from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.json_records import Undecodable
 from reflectron.engine.data.sources import read_rows
+from reflectron.engine.files import end_of_rows
 
 
 def read_json_lines(path: Path, *, errors: Undecodable = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -35,5 +36,4 @@ def drop_unfinished_row(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        file.truncate(end_of_rows(file.fileno()))

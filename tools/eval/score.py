@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from reflectron.engine.choices import assert_never
 from reflectron.engine.files import is_stream, write_text
 from reflectron.tools.eval.functions import check_tests, judge_function
 from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, says_how_to_resume, tracked
@@ -128,7 +129,7 @@ def score_samples(
     kind: SandboxKind,
     verdicts: Path,
 ) -> Score:
-    """Judge every sample as its data set asks for; ``args`` are those of ``add_scoring_arguments``.
+    """Judge every sample as its dataset asks for; ``args`` are those of ``add_scoring_arguments``.
 
     Args:
         verdicts: the file that keeps them; those that are there already are not made again.
@@ -178,8 +179,10 @@ def _judge_of(
         check_tests(problems, kind, workers)
         seconds = _CALLS_FACTOR * limits.input_seconds
         yield lambda sample: (judge_function(by_id[sample.task_id], sample.code, seconds, kind),)
-    else:
+    elif dataset == "multipl-e" or dataset == "ds1000":
         yield lambda sample: (judge_program(by_id[sample.task_id], sample.code, kind, java_classes),)
+    else:
+        assert_never(dataset)
 
 
 def _evalplus_judge(
@@ -266,7 +269,7 @@ def describe(result: Score) -> str:
 
 
 def suite_name(dataset: str, suite: str) -> str:
-    """What a suite of a data set is called in tables."""
+    """What a suite of a dataset is called in tables."""
     names = {"humaneval": "HumanEval", "mbpp": "MBPP", "multipl-e": "MultiPL-E", "ds1000": "DS-1000"}
     name = names.get(dataset, dataset)
     return f"{name}+" if suite == "plus" else name

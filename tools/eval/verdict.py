@@ -1,4 +1,4 @@
-"""What came of running a sample: bounded, printable text under a fixed schema, whatever the sample made up."""
+"""How a sample did in its tests: bounded, printable text under a fixed schema, whatever the sample made up."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from reflectron.engine.text import printable
+from reflectron.tools.sandbox.limits import Breach
 
 SUITES = ("base", "plus")
 """The tests of HumanEval and MBPP, and those that evalplus added; other benchmarks have the first alone."""
 STATUSES = ("pass", "fail", "timeout")
 """evalplus's words."""
+_OF_TIME = ("wall_time", "cpu_time", "idle")
 LONGER_SECONDS = 10.0
 """CPU time of an input in a second trial, where the limit on it decided the first."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one suite."""
+    """How a sample did in one suite of tests."""
 
     status: str
     """One of ``STATUSES``."""
@@ -33,6 +35,11 @@ class Verdict:
         assert self.longer in ("", *STATUSES), self.longer
         for name in ("input", "expected", "got"):
             object.__setattr__(self, name, printable(getattr(self, name)))
+
+
+def limit_verdict(breach: Breach) -> Verdict:
+    """The verdict on a program that overstepped a limit of its sandbox."""
+    return Verdict("timeout" if breach in _OF_TIME else "fail", got=f"limit: {breach}")
 
 
 Verdicts = tuple[Verdict, ...]

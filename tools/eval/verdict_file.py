@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reflectron.engine.files import is_stream
+from reflectron.engine.files import append_whole, is_stream
 from reflectron.tools.eval.problems import Problem
 from reflectron.tools.eval.samples import Sample
 from reflectron.tools.eval.verdict import Verdicts, as_row, from_row
@@ -69,12 +69,10 @@ class VerdictFile:
         """Append a row.
 
         Raises:
-            OSError: when it could not be written whole, as on a full disk.
+            OSError: when it cannot be written, as on a full disk; the file is as it was.
         """
         row = {"key": key, "task_id": sample.task_id, "sample": sample.number, "verdicts": as_row(verdicts)}
-        left = json.dumps(row).encode() + b"\n"
-        while left:
-            left = left[os.write(self._descriptor, left) :]
+        append_whole(self._descriptor, json.dumps(row).encode() + b"\n")
         self.verdicts[key] = verdicts
 
 
@@ -98,7 +96,7 @@ def verdict_keys(dataset: str, problems: Sequence[Problem], samples: Sequence[Sa
     Args:
         limits: whatever else does; its ``repr`` counts.
     """
-    common = [dataset, _judging_code(), platform.python_version(), _version("evalplus"), repr(limits)]
+    common = [dataset, _judging_code(), platform.python_version(), package_version("evalplus"), repr(limits)]
     by_task = {problem.task_id: _digest([common, problem.record]) for problem in problems}
     return [_digest([by_task[sample.task_id], sample.number, sample.code]) for sample in samples]
 
@@ -117,7 +115,8 @@ def _judging_code() -> str:
     return digest.hexdigest()
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The version of an installed package; empty where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from reflectron.engine.files import append_whole, end_of_rows
 from reflectron.engine.job_lock import take_lock
 
 Record = dict[str, Any]
@@ -35,7 +36,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = take_lock(path.with_name(f"{path.name}.lock"), f"journal {path}")
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self.size = _whole_lines(self._descriptor)
+        self.size = end_of_rows(self._descriptor)
         self.cut_bytes = os.fstat(self._descriptor).st_size - self.size
         """Bytes of an unfinished last line that were cut off."""
         os.ftruncate(self._descriptor, self.size)
@@ -78,13 +79,12 @@ class Journal:
         return await asyncio.shield(written)
 
     def _write(self, line: bytes) -> int:
-        offset, rest = self.size, memoryview(line)
+        offset = self.size
         try:
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            append_whole(self._descriptor, line)
             os.fdatasync(self._descriptor)
         except OSError as error:
-            # On a full disk: the next record must not stand behind half a one.
+            # Also where the disk could not be brought to hold it: a record that was refused must not be found later.
             os.ftruncate(self._descriptor, offset)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.size += len(line)
@@ -101,14 +101,3 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _whole_lines(descriptor: int) -> int:
-    """Bytes up to the last line end."""
-    end = os.fstat(descriptor).st_size
-    while end:
-        start = max(end - (1 << 16), 0)
-        if (found := os.pread(descriptor, end - start, start).rfind(b"\n")) >= 0:
-            return start + found + 1
-        end = start
-    return 0

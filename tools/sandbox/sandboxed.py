@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from reflectron.engine.choices import assert_never
 from reflectron.tools.sandbox import wall
 from reflectron.tools.sandbox.home import home, sandbox_folder
 from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind
@@ -79,22 +80,12 @@ class Sandboxed:
             self._texts = {self.stdout_fd: bytearray(), self.stderr_fd: bytearray()}
             inherited: list[int] = []
             if kind == "bubblewrap":
-                user = wall.own_user()
-                if user is not None:
-                    wall.give_to(user, writable.values())
-                seccomp_fd = _seccomp_fd(theirs)
-                inherited = [status, seccomp_fd] if seccomp_fd is not None else [status]
-                argv = wall.bubblewrap(
-                    argv,
-                    writable=writable,
-                    read_only=[*wall.python_paths(), *(path.absolute() for path in read_only)],
-                    limits=limits,
-                    user=user,
-                    status_fd=status,
-                    seccomp_fd=seccomp_fd,
-                )
-            else:
+                paths = [path.absolute() for path in read_only]
+                argv, inherited = _walled(argv, writable, paths, limits, status, theirs)
+            elif kind == "none":
                 argv = [*wall.launcher(limits, count_processes=False), *argv]
+            else:
+                assert_never(kind)
             groups = home().groups
             group = groups.new(secrets.token_hex(8), limits) if groups is not None else None
             if group is not None:
@@ -212,6 +203,31 @@ class Sandboxed:
             raise OSError(f"bubblewrap made no sandbox: {stderr.strip() or f'exit code {code}'}")
         # Like a shell it adds 128 to the number of a signal.
         return 128 - code if 128 < code < 128 + signal.NSIG else code
+
+
+def _walled(
+    argv: Sequence[str],
+    writable: Mapping[str, Path],
+    read_only: Sequence[Path],
+    limits: Limits,
+    status_fd: int,
+    theirs: contextlib.ExitStack,
+) -> tuple[list[str], list[int]]:
+    """The command that runs ``argv`` behind bubblewrap, and the descriptors that it inherits."""
+    user = wall.own_user()
+    if user is not None:
+        wall.give_to(user, writable.values())
+    seccomp_fd = _seccomp_fd(theirs)
+    command = wall.bubblewrap(
+        argv,
+        writable=writable,
+        read_only=[*wall.python_paths(), *read_only],
+        limits=limits,
+        user=user,
+        status_fd=status_fd,
+        seccomp_fd=seccomp_fd,
+    )
+    return command, [status_fd] if seccomp_fd is None else [status_fd, seccomp_fd]
 
 
 def _seccomp_fd(theirs: contextlib.ExitStack) -> int | None:

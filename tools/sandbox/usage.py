@@ -1,7 +1,7 @@
 """What a tree of processes and a folder use right now, read from /proc and the file system.
 
 Comes in: the id of the tree's first process, or a folder. Goes out: numbers. Processes that end while they are read
-are left out; the code that is measured can neither hide from this nor make it fail.
+are skipped; the code that is measured can neither hide from this nor make it fail.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def bubblewrap(
 
     Args:
         writable: folders of this machine by their path inside; ``/sandbox`` and ``/tmp`` must be among them.
-        read_only: further paths visible under their own names; those that do not exist are left out.
+        read_only: further paths visible under their own names; those that do not exist are skipped.
         user: id to take inside, None for a user namespace with our own.
         status_fd: where bubblewrap writes the exit code, unless it could not start the program.
         seccomp_fd: where bubblewrap reads the filter.

@@ -1,4 +1,4 @@
-"""A record of any supported data set comes in, one checked ``Conversation`` goes out.
+"""A record of any supported dataset comes in, one checked ``Conversation`` goes out.
 
 The schema is recognised by the record's columns. Each family of schemas is one module, with the columns that tell it
 and a function from columns to a conversation; a new one is a module here and a line in ``parse_record``.
