@@ -52,7 +52,11 @@ def test_a_sample_that_cannot_be_judged_fails_alone(
     assert "1 samples could not be judged and count as failed" in capsys.readouterr().err
     judged = []
     # It is tried again, the others are not.
-    again = lambda sample: judged.append(sample.code) or (PASS, PASS)  # noqa: E731
+
+    def again(sample: Sample) -> Verdicts:
+        judged.append(sample.code)
+        return PASS, PASS
+
     run(samples("a", "hostile", "b"), again, tmp_path / "v", sandbox, suites=2)
     assert judged == ["hostile"]
 
