@@ -59,13 +59,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_stream(path: Path) -> bool:
+    """Whether what stands there hands on what is written, as devices, pipes and ``/dev/stdout`` do."""
+    folder = path.absolute().parent.resolve()
+    # There names stand for what is open, a file that stdout was sent to included.
+    named = folder == Path("/dev") or folder.is_relative_to("/proc")
+    return named or (path.exists() and not path.is_file() and not path.is_dir())
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A stream to a temporary file beside ``path``, which is brought to the disk and only then gets its name.
 
+    A stream, as ``/dev/stdout``, is written to and not replaced.
+
     Raises:
         OSError: when it cannot be written; the temporary file is gone, as after any other error.
     """
+    if is_stream(path):
+        with path.open("ab") as stream:
+            yield stream
+        return
     temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("wb") as stream:

@@ -53,7 +53,7 @@ def test_a_stopped_scoring_goes_on(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text("".join(lines))
     verdicts = tmp_path / "score.verdicts.jsonl"
 
-    with VerdictFile(verdicts):
+    with VerdictFile(verdicts, 1):
         process = start(tmp_path)
         assert "is being written by another scorer" in process.communicate()[1]
         assert process.returncode == 2

@@ -236,6 +236,17 @@ def test_a_comparison_that_hangs_fails_its_sample_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_answer_without_numbers_is_not_close_to_any(tmp_path: Path) -> None:
+    from reflectron.tools.eval.expectations import Task
+    from reflectron.tools.eval.judge import Judge, JudgeLimits
+
+    task = Task("humaneval", "HumanEval/0", "f", "def f(x): return [x]", 0, ([[1.5]], [[2.5]]))
+    with Judge(JudgeLimits(), "bubblewrap", tmp_path) as judge:
+        for code, status in {task.canonical: "pass", "def f(x): return [[]]": "fail"}.items():
+            assert [verdict.status for verdict in judge.judge(task, code)] == [status] * 2, code
+
+
+@pytest.mark.slow
 def test_what_fails_before_a_program_starts_is_not_the_samples_doing(tmp_path: Path) -> None:
     from reflectron.tools.eval.answers import AnswerPipes, Program
     from reflectron.tools.sandbox.plain_data import encode

@@ -78,6 +78,27 @@ def test_what_ends_a_loop_of_the_test_does_not_end_the_test(sandbox: SandboxKind
     assert (verdict.status, verdict.got) == ("fail", "raised RuntimeError: f raised StopIteration")
 
 
+THREADED = """
+import threading
+def check(candidate):
+    wrong = []
+    def one(n):
+        if candidate(n) != n: wrong.append(n)
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(3)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert not wrong
+"""
+
+
+@pytest.mark.slow
+def test_an_error_in_a_thread_of_the_test_fails(sandbox: SandboxKind) -> None:
+    assert judge(THREADED, "def f(x): return x", sandbox).status == "pass"
+    for error in ("ValueError", "SystemExit"):
+        verdict = judge(THREADED, f"def f(x): raise {error}", sandbox)
+        assert (verdict.status, verdict.got) == ("fail", f"raised {error}")
+
+
 @pytest.mark.slow
 def test_a_program_that_stops_is_a_timeout(sandbox: SandboxKind) -> None:
     large = "def check(candidate): candidate(bytes(10 ** 7), 0)"

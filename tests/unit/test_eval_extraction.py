@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import pytest
 from evalplus.sanitize import sanitize
@@ -167,6 +168,34 @@ BEYOND = {
         ),
         "strlen('abc') == 3",
     ),
+    "a table filled by calls and a loop": (
+        "```python\nmemo = []\nmemo.append(0)\nfor n in range(1, 9):\n    memo.append(n)\n"
+        "def strlen(s):\n    return memo[len(s)]\nfor s in ('a', 'b'):\n    memo.append(strlen(s) / 0)\n"
+        "if memo:\n    memo.append(input())\n```",
+        "strlen('abc') == 3 and len(memo) == 9",
+    ),
+    "the limit on recursion": (
+        "```python\nimport sys\nsys.setrecursionlimit(4321)\n\ndef strlen(s):\n    return len(s)\n```",
+        "strlen('abc') == 3 and __import__('sys').getrecursionlimit() == 4321",
+    ),
+    "a fence right behind the thought": (
+        f"<think>\n```python\ndef strlen(s):\n    return 0\n```\n</think>```python\n{_LENGTH}```",
+        "strlen('abc') == 3",
+    ),
+    "channels whose special tokens were taken out": (
+        f"analysisWe try\n```python\ndef strlen(s):\n    return 0\n```\nassistantfinal```python\n{_LENGTH}```",
+        "strlen('abc') == 3",
+    ),
+    "a session": (
+        "```python\n>>> def strlen(s):\n...     return len(s)\n...\n>>> strlen('abc')\n3\n```",
+        "strlen('abc') == 3",
+    ),
+    "a quotation": ("> ```python\n> def strlen(s):\n>     return len(s)\n> ```", "strlen('abc') == 3"),
+    "a mark behind the last line": ("```python\ndef strlen(s):\n    return len(s)```", "strlen('abc') == 3"),
+    "a typesetter's quotes and spaces": (
+        "```python\n\ufeffdef strlen(s):\n\xa0\xa0\xa0\xa0return 0 if s == ‘’ else len(s)\n```",
+        "strlen('abc') == 3",
+    ),
     "decorator": (
         "```python\nfrom functools import lru_cache\n\n@lru_cache()\ndef strlen(s):\n    return len(s)\n```",
         "strlen('abc') == 3 and strlen.cache_info().misses == 1",
@@ -206,8 +235,10 @@ def test_what_evalplus_finds_is_found(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", BEYOND)
-def test_what_evalplus_does_not_find_is_found(case: str) -> None:
+def test_what_evalplus_does_not_find_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, expression = BEYOND[case]
+    # One of the programs sets it.
+    monkeypatch.setattr(sys, "setrecursionlimit", lambda n: monkeypatch.setattr(sys, "getrecursionlimit", lambda: n))
     assert _holds(answer_program(raw, "strlen", PROMPT), expression)
 
 

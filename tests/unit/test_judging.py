@@ -21,9 +21,9 @@ def samples(*codes: str) -> list[Sample]:
 
 
 def run(given: list[Sample], judge: object, path: Path, sandbox: SandboxKind, suites: int = 1) -> list[Verdicts]:
-    with VerdictFile(path) as kept:
+    with VerdictFile(path, suites) as kept:
         keys = [sample.code for sample in given]
-        return judge_samples(given, keys, judge, kept, suites=suites, workers=2, kind=sandbox)  # type: ignore[arg-type]
+        return judge_samples(given, keys, judge, kept, workers=2, kind=sandbox)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,12 @@ def test_a_sample_that_cannot_be_judged_fails_alone(
     assert "1 samples could not be judged and count as failed" in capsys.readouterr().err
     judged = []
     # It is tried again, the others are not.
-    run(samples("a", "hostile", "b"), lambda sample: judged.append(sample.code) or (PASS,), tmp_path / "v", sandbox)
+
+    def again(sample: Sample) -> Verdicts:
+        judged.append(sample.code)
+        return PASS, PASS
+
+    run(samples("a", "hostile", "b"), again, tmp_path / "v", sandbox, suites=2)
     assert judged == ["hostile"]
 
 
@@ -66,10 +71,10 @@ def test_where_nothing_can_be_run_any_longer_no_sample_is_blamed(
             raise OSError("no bwrap")
         return (PASS,)
 
-    with VerdictFile(tmp_path / "v") as kept:
+    with VerdictFile(tmp_path / "v", 1) as kept:
         given = samples("a", "b", "c")
         with pytest.raises(OSError, match="no bwrap"):
-            judge_samples(given, ["a", "b", "c"], judge, kept, suites=1, workers=1, kind=sandbox)
+            judge_samples(given, ["a", "b", "c"], judge, kept, workers=1, kind=sandbox)
         assert list(kept.verdicts) == ["a"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,10 @@ def test_a_verdict_is_found_by_all_that_determines_it() -> None:
 
 def test_rows_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "v.jsonl"
-    with VerdictFile(path) as kept:
+    with VerdictFile(path, 1) as kept:
         kept.write("k", SAMPLE, FAIL)
         assert json.loads(path.read_text())["task_id"] == "own/0"
-    with VerdictFile(path) as again:
+    with VerdictFile(path, 1) as again:
         assert again.verdicts == {"k": FAIL}
 
 
@@ -57,28 +58,35 @@ def test_rows_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
         json.dumps({"key": "x", "verdicts": [as_row(FAIL)[0] | {"status": "passed"}]}) + "\n",
         json.dumps({"key": "x", "verdicts": [as_row(FAIL)[0] | {"got": 3}]}) + "\n",
         json.dumps({"key": ["x"], "verdicts": as_row(FAIL)}) + "\n",
+        json.dumps({"key": "x", "verdicts": 2 * as_row(FAIL)}) + "\n",
     ],
 )
 def test_what_is_no_row_counts_as_not_written(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "v.jsonl"
-    with VerdictFile(path) as kept:
+    with VerdictFile(path, 1) as kept:
         kept.write("a", SAMPLE, FAIL)
     with path.open("a") as file:
         file.write(damage)
-    with VerdictFile(path) as kept:
+    with VerdictFile(path, 1) as kept:
         assert kept.verdicts == {"a": FAIL}
         kept.write("b", SAMPLE, FAIL)
-    with VerdictFile(path) as kept:
+    with VerdictFile(path, 1) as kept:
         assert kept.verdicts == {"a": FAIL, "b": FAIL}
 
 
 def test_two_scorers_do_not_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "v.jsonl"
-    with VerdictFile(path), pytest.raises(ValueError, match="being written by another scorer"):
-        VerdictFile(path)
-    VerdictFile(path).__exit__()
+    with VerdictFile(path, 1), pytest.raises(ValueError, match="being written by another scorer"):
+        VerdictFile(path, 1)
+    VerdictFile(path, 1).__exit__()
     with pytest.raises(ValueError, match="Is a directory; --json FILE puts them beside FILE"):
-        VerdictFile(tmp_path)
+        VerdictFile(tmp_path, 1)
+
+
+def test_a_pipe_keeps_no_verdicts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: it is no file; --json FILE puts them beside FILE"):
+        VerdictFile(tmp_path / "pipe", 1)
 
 
 def test_a_verdict_is_bounded_printable_text() -> None:

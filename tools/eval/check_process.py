@@ -99,6 +99,8 @@ class _Check:
         """Run prompt, test and check, and end this process with a report of the result."""
         name = self._test["entry_point"]
         candidate = self._candidate(name)
+        # What the candidate raises in a thread of the test would end that thread, and no more.
+        threading.excepthook = self._fail_in_thread
         try:
             exec(compile(_without(name, self._test["prompt"]), "<prompt>", "exec", dont_inherit=True), self._names)
             self._prompt = dict(self._names)
@@ -211,6 +213,10 @@ class _Check:
             if isinstance(kind, type) and issubclass(kind, BaseException):
                 return _made(kind, answer.get("arguments", ()))
         return _made(Exception, answer.get("arguments", ()))
+
+    def _fail_in_thread(self, end: threading.ExceptHookArgs) -> NoReturn:
+        # Not by `_fail`: what the candidate told last may be another thread's.
+        self._end("fail", f"raised {_described(end.exc_value or end.exc_type())}")
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Report the test's own failure: the line that failed, and what the candidate had answered before it."""

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import evalplus.eval
+import numpy as np
 
 if TYPE_CHECKING:
     from reflectron.tools.sandbox import plain_data
@@ -156,10 +157,13 @@ class _Replay:
 
         Raises:
             RuntimeError: when it raised, ended or ran out of time there.
+            ValueError: when evalplus would pass it whatever the expected answer is.
         """
         self._outcome, self._got = self._next()
         if self._outcome != "answer":
             raise RuntimeError(self._outcome)
+        if _compares_nothing(self._got, self._expected):
+            raise ValueError("no number to compare")
         return self._got
 
     def _next(self) -> tuple[str, Any]:
@@ -192,6 +196,17 @@ class _Replay:
             "expected": _short(self._expected),
             "got": _short(self._got) if self._outcome == "answer" else self._got[:_SHOWN_CHARACTERS],
         }
+
+
+def _compares_nothing(got: Any, expected: Any) -> bool:
+    """Whether numbers are expected and none is there: numpy stretches ``[[]]`` to any shape, and calls it all close."""
+    if not isinstance(got, (list, tuple, np.ndarray)) or not evalplus.eval.is_floats(expected):
+        return False
+    try:
+        return np.size(got) == 0 and np.size(expected) != 0
+    except ValueError:
+        # Of no shape; numpy compares it neither.
+        return False
 
 
 class _Fifo(io.RawIOBase):

@@ -24,6 +24,14 @@ _ANSI = re.compile(r"\x1b(?:[@-Z\\-_]|\[[0-?]*[ -/]*[@-~])")
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
 _MANY_LINES = re.compile(r"(?:def|class|async|import|from|try|if|for|while|with)\b|@|\w[^=\n]*=[^=]")
 _CONTINUATION = re.compile(r"(?:else|elif|except|finally)\b")
+# What surrounds code that was copied from a session, a quotation or a typesetter.
+_COPIED = re.compile(r"^[ \t]*(?:>>>|\.\.\.|>)(?: |$)|(?<=\S)```+[ \t]*$", re.MULTILINE)
+_TYPESET = str.maketrans({"\ufeff": "", "\u200b": "", "\xa0": " ", "‘": "'", "’": "'", "“": '"', "”": '"'})
+_SETTING = re.compile(r"(?:sys\.)?setrecursionlimit\([^()]*\)")
+# Methods of containers; one of the program's own class may be called as an example.
+_FILLING = frozenset({"append", "appendleft", "extend", "insert", "add", "update", "setdefault", "sort", "reverse"})
+# A statement with one of these shows or tries the program, and does not prepare it.
+_OF_EXAMPLES = frozenset({"print", "input", "open", "exit", "quit", "__name__"})
 # Parsing every prefix of a text is quadratic in its length; a statement has fewer lines at the margin than this, and an
 # answer needs fewer attempts.
 _MOST_PREFIXES = 64
@@ -51,17 +59,34 @@ class _Statement:
 
     @property
     def changes(self) -> set[str]:
-        """Names whose value it changes in place, as ``memo[0] = 1`` does."""
-        if not isinstance(self.node, (ast.Assign, ast.AugAssign)):
+        """Names whose value it changes in place, as ``memo[0] = 1`` and a loop of ``memo.append(n)`` do."""
+        if isinstance(self.node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or self.needs & _OF_EXAMPLES:
             return set()
-        targets = self.node.targets if isinstance(self.node, ast.Assign) else [self.node.target]
         return {
             name.id
-            for target in targets
-            if isinstance(target, (ast.Subscript, ast.Attribute)) or isinstance(self.node, ast.AugAssign)
+            for node in ast.walk(self.node)
+            for target in _changed(node)
             for name in ast.walk(target)
             if isinstance(name, ast.Name)
         }
+
+    @property
+    def is_setting(self) -> bool:
+        """Whether it is one that the whole program runs under."""
+        return _SETTING.fullmatch(self.source) is not None
+
+
+def _changed(node: ast.AST) -> list[ast.expr]:
+    """What a statement writes into."""
+    if isinstance(node, ast.Assign):
+        return [target for target in node.targets if isinstance(target, (ast.Subscript, ast.Attribute))]
+    if isinstance(node, ast.AugAssign):
+        return [node.target]
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        function = node.value.func
+        if isinstance(function, ast.Attribute) and function.attr in _FILLING:
+            return [function.value]
+    return []
 
 
 _Block = list[_Statement]
@@ -93,6 +118,9 @@ def _readings(codes: Sequence[str], text: str, entry_point: str) -> Iterator[lis
     for cut in (False, True):
         yield [run for code in codes for run in _runs(code, entry_point, cut=cut)]
         yield _runs(text, entry_point, cut=cut)
+    plain = _COPIED.sub("", text).translate(_TYPESET)
+    if plain != text:
+        yield _runs(plain, entry_point, cut=False)
 
 
 def _needed(blocks: Sequence[_Block], entry_point: str, *, returning: bool) -> list[_Statement]:
@@ -107,19 +135,31 @@ def _needed(blocks: Sequence[_Block], entry_point: str, *, returning: bool) -> l
         if any(statement.defines(entry_point, returning=returning) for statement in block)
     )
     search = [blocks[chosen], *reversed(blocks[:chosen]), *blocks[chosen + 1 :]]
-    kept: dict[int, _Statement] = {id(s): s for s in search[0] if "*" in s.binds}
-    names, seen = [entry_point], {entry_point}
+    always = [statement for statement in search[0] if "*" in statement.binds or statement.is_setting]
+    kept = {id(statement): statement for statement in always}
+    seen = {entry_point}.union(*(statement.needs for statement in always))
+    names = [*seen]
     while names:
         name = names.pop()
         found = _definition(search, name)
-        changing = [statement for statement in search[0] if name in statement.changes]
-        for statement in (*([found] if found else []), *changing):
+        for statement in (*([found] if found else []), *_changing(search[0], name, found, entry_point)):
             kept[id(statement)] = statement
             new = statement.needs - seen
             seen |= new
             names += new
     order = [*blocks[:chosen], *blocks[chosen + 1 :], blocks[chosen]]
     return [statement for block in order for statement in block if id(statement) in kept]
+
+
+def _changing(block: _Block, name: str, definition: _Statement | None, entry_point: str) -> list[_Statement]:
+    """What changes the value of a name in place; a call of a module's function changes none, nor does an example."""
+    if definition is None or isinstance(definition.node, (ast.Import, ast.ImportFrom)):
+        return []
+    return [
+        statement
+        for statement in block
+        if name in statement.changes and (name == entry_point or entry_point not in statement.needs)
+    ]
 
 
 def _definition(blocks: Sequence[_Block], name: str) -> _Statement | None:

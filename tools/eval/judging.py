@@ -41,7 +41,6 @@ def judge_samples(
     judge: Callable[[Sample], Verdicts],
     kept: VerdictFile,
     *,
-    suites: int,
     workers: int,
     kind: SandboxKind,
 ) -> list[Verdicts]:
@@ -50,7 +49,6 @@ def judge_samples(
     Args:
         keys: of each sample, in ``kept``.
         judge: called from several threads at once.
-        suites: how many verdicts a sample has.
         workers: samples judged at once.
 
     Raises:
@@ -67,7 +65,7 @@ def judge_samples(
         )
 
     def judged(number: int) -> tuple[int, Verdicts, Exception | None]:
-        return number, *_judge_one(samples[number], judge, suites, kind)
+        return number, *_judge_one(samples[number], judge, kept.suites, kind)
 
     not_judged: dict[int, Verdicts] = {}
     errors: list[Exception] = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from reflectron.engine.choices import assert_never
-from reflectron.engine.files import write_text
+from reflectron.engine.files import is_stream, write_text
 from reflectron.tools.eval.functions import check_tests, judge_function
 from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, says_how_to_resume, tracked
 from reflectron.tools.eval.problems import (
@@ -97,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _verdicts_of(args: argparse.Namespace) -> Path:
     """Where verdicts are kept: beside the result, else beside the completions where that folder can be written."""
-    beside = Path(args.json or args.completions.removesuffix(".gz")).with_suffix(".verdicts.jsonl")
-    if args.json or os.access(beside.parent, os.W_OK):
+    result = args.json if args.json and not is_stream(Path(args.json)) else None
+    beside = Path(result or args.completions.removesuffix(".gz")).with_suffix(".verdicts.jsonl")
+    if result or os.access(beside.parent, os.W_OK):
         return beside
     name = hashlib.sha256(os.fsencode(Path(args.completions).resolve())).hexdigest()
     return expectations_folder() / f"{name}.verdicts.jsonl"
@@ -143,16 +144,16 @@ def score_samples(
         raise ValueError(f"{java_classes} is not a file (--javatuples)")
     if file.dataset == "multipl-e":
         samples = with_toolchain(problems, samples)
-    with VerdictFile(verdicts) as kept:
+    suites = len(SUITES) if file.dataset in ("humaneval", "mbpp") else 1
+    with VerdictFile(verdicts, suites) as kept:
         keys = verdict_keys(file.dataset, problems, samples, limits, kind, args.javatuples)
         unjudged = {sample.task_id for sample, key in zip(samples, keys, strict=True) if key not in kept.verdicts}
         wanted = [problem for problem in problems if problem.task_id in unjudged]
-        suites = len(SUITES) if file.dataset in ("humaneval", "mbpp") else 1
         with (
             says_how_to_resume(keys, kept),
             _judge_of(file.dataset, wanted, limits, kind, java_classes, workers) as judge,
         ):
-            found = judge_samples(samples, keys, judge, kept, suites=suites, workers=workers, kind=kind)
+            found = judge_samples(samples, keys, judge, kept, workers=workers, kind=kind)
     for group, share in shares_by_group(file.dataset, problems, samples, found).items():
         print(f"{group:<12} {100 * share:.1f}")
     return summarize(file.name, samples, found)

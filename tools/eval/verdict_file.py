@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reflectron.engine.files import append_whole
+from reflectron.engine.files import append_whole, is_stream
 from reflectron.tools.eval.problems import Problem
 from reflectron.tools.eval.samples import Sample
 from reflectron.tools.eval.verdict import Verdicts, as_row, from_row
@@ -26,12 +26,17 @@ from reflectron.tools.eval.verdict import Verdicts, as_row, from_row
 class VerdictFile:
     """A file of verdicts, locked against other scorers until it is closed.
 
+    Args:
+        suites: how many verdicts a sample has; rows with another number count as not written.
+
     Raises:
         ValueError: when another scorer has it, or it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, suites: int) -> None:
+        self.path, self.suites = path, suites
+        if is_stream(path):
+            raise ValueError(f"verdicts cannot be kept in {path}: it is no file; --json FILE puts them beside FILE")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -49,7 +54,7 @@ class VerdictFile:
         except OSError:
             # A file system without locks: rows are appended whole, so two scorers do no more than work twice.
             pass
-        self.verdicts, unfinished = _read(path)
+        self.verdicts, unfinished = _read(path, suites)
         """By key."""
         if unfinished:
             os.write(self._descriptor, b"\n")
@@ -71,7 +76,7 @@ class VerdictFile:
         self.verdicts[key] = verdicts
 
 
-def _read(path: Path) -> tuple[dict[str, Verdicts], bool]:
+def _read(path: Path, suites: int) -> tuple[dict[str, Verdicts], bool]:
     """The file's verdicts, and whether its last row was cut short; what is no row counts as not written."""
     verdicts: dict[str, Verdicts] = {}
     line = b"\n"
@@ -79,8 +84,9 @@ def _read(path: Path) -> tuple[dict[str, Verdicts], bool]:
         for line in file:
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 row = json.loads(line)
-                if isinstance(row["key"], str):
-                    verdicts[row["key"]] = from_row(row["verdicts"])
+                found = from_row(row["verdicts"])
+                if isinstance(row["key"], str) and len(found) == suites:
+                    verdicts[row["key"]] = found
     return verdicts, not line.endswith(b"\n")
 
 

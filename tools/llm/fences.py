@@ -15,8 +15,12 @@ PYTHON = ("python", "py", "python3")
 
 # What reasoning models put around their drafts; the opening tag often stands in the prompt and not in the answer.
 _THOUGHT = r"think|thinking|thought|reasoning"
-# Not where code speaks of the tag: there a quotation mark follows.
-_THOUGHT_END = re.compile(rf"</(?:{_THOUGHT})>(?![\"'`])|\[/THINK\]|<\|channel\|>final<\|message\|>", re.IGNORECASE)
+# Not where code speaks of the tag: there a quotation mark follows, which the mark of a fence is not.
+# The last is what is left of gpt-oss's channels where a server takes the special tokens out.
+_THOUGHT_END = re.compile(
+    rf"</(?:{_THOUGHT})>(?![\"']|`(?!``))|\[/THINK\]|<\|channel\|>final<\|message\|>|\A\s*analysis(?s:.*)assistantfinal",
+    re.IGNORECASE,
+)
 _THOUGHT_START = re.compile(rf"\s*(?:<(?:{_THOUGHT})>|\[THINK\]|<\|channel\|>analysis<\|message\|>)", re.IGNORECASE)
 
 
