@@ -67,8 +67,12 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def go_on(self) -> str:
-        """As if it had been lost behind its last checkpoint."""
+        """As if it had been lost behind the checkpoint before its last."""
         (self.folder / "run" / "finished.json").unlink()
+        checkpoints = self.folder / "run" / "checkpoints"
+        before, last = sorted(checkpoints.glob("step_*"))[-2:]
+        shutil.rmtree(last)
+        (checkpoints / "latest").write_text(f"{before.name}\n", encoding="utf-8")
         return run(self.words, self.env)
 
 
