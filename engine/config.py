@@ -133,7 +133,7 @@ class LossConfig:
     jsd_beta: float = 0.5
     """Mixture weight of the teacher for ``jsd``, 0 to 1."""
     temperature: float = 1.0
-    """Temperature of both distributions in the divergence; above 0."""
+    """Temperature of both distributions in the divergence; above 0, at most 100."""
     backend: Literal["auto", "reference", "triton"] = "auto"
     """Implementation of the distillation head; ``auto`` takes plain torch until the kernels are measured on a GPU."""
 
@@ -141,7 +141,8 @@ class LossConfig:
         for name in ("ce_teacher_weight", "ce_student_weight", "kl_weight"):
             _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
         _require(0 <= self.jsd_beta <= 1, "loss.jsd_beta", self.jsd_beta, "0 to 1")
-        _require(self.temperature > 0, "loss.temperature", self.temperature, "above 0")
+        # The divergence is multiplied by its square, and the rounding of float32 with it.
+        _require(0 < self.temperature <= 100, "loss.temperature", self.temperature, "above 0 and at most 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,6 +467,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        is_path = bool(self.output_dir.strip()) and "\0" not in self.output_dir
+        _require(is_path, "output_dir", self.output_dir, "the path of a folder")
         check_relations(self)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from reflectron.engine.config import ParallelConfig
 from reflectron.engine.json_file import read_object
 from reflectron.engine.model.config_keys import check_keys
-from reflectron.engine.model.rope_parameters import RopeParameters
+from reflectron.engine.model.rope_parameters import LARGEST_SIZE, RopeParameters
 from reflectron.engine.text import printable
 
 Family = Literal["llama", "qwen2", "qwen3"]
@@ -32,7 +32,7 @@ _DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 _DEFAULT_KEY_VALUE_HEADS = {"llama": None, "qwen2": 32, "qwen3": 32}
 _DEFAULT_HEAD_DIM = {"llama": None, "qwen2": None, "qwen3": 128}
 # Beyond every model; a list of as many layers as a hostile file may name would fill the memory.
-_MOST_LAYERS, _LARGEST_SIZE = 10_000, (1 << 31) - 1
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +127,13 @@ class _Keys:
     hf_config: dict[str, Any]
     source: str
 
-    def integer(self, key: str, most: int = _LARGEST_SIZE) -> int:
+    def integer(self, key: str, most: int = LARGEST_SIZE) -> int:
         value = self.optional_integer(key, None, most)
         if value is None:
             raise ValueError(f"{self.source}: {key} is None, expected a whole number of at least 1")
         return value
 
-    def optional_integer(self, key: str, default: int | None, most: int = _LARGEST_SIZE) -> int | None:
+    def optional_integer(self, key: str, default: int | None, most: int = LARGEST_SIZE) -> int | None:
         value = self.hf_config.get(key, default)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{self.source}: {key} is {value!r}, expected a whole number of at least 1")

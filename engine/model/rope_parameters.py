@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from reflectron.engine.text import printable
+
 # Numbers that each type of rotary scaling cannot do without, and those that it may have.
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -28,6 +30,8 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 # Keys that change nothing, whatever the type; no release of transformers reads ``finetuned``.
 _WITHOUT_EFFECT = ("finetuned",)
 _ORIGINAL = "original_max_position_embeddings"
+LARGEST_SIZE = (1 << 31) - 1
+"""Beyond every size of a model; what a hostile file may name instead fills memory or overflows."""
 _DEFAULT_THETA = 10000.0
 
 
@@ -118,7 +122,7 @@ def _reading(hf_config: Mapping[str, Any], key: str, source: str, context: int) 
     _check_scaling(scaling, rope_type, key, source)
     original = _original_context(hf_config, scaling.pop(_ORIGINAL, None), key, source)
     if rope_type in ("llama3", "yarn"):
-        scaling[_ORIGINAL] = original or context
+        scaling[_ORIGINAL] = context if original is None else _whole(original, f"{source}: {_ORIGINAL}")
     scaling.pop("partial_rotary_factor", None)
     return RopeParameters(theta=theta, rope_type=rope_type, scaling=scaling, max_position_embeddings=context)
 
@@ -206,6 +210,15 @@ def _is_positive(value: Any) -> bool:
 
 def _integer(hf_config: Mapping[str, Any], key: str, source: str, default: int) -> int:
     value = hf_config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int):
         raise ValueError(f"{source}: {key} is {value!r}, expected a whole number of at least 1")
-    return value
+    return _whole(value, f"{source}: {key}")
+
+
+def _whole(value: Any, name: str) -> int:
+    """A number of positions, which some files write as a float."""
+    if not _is_positive(value) or value != int(value):
+        raise ValueError(f"{name} is {printable(value, 40)}, expected a whole number of at least 1")
+    if value > LARGEST_SIZE:
+        raise ValueError(f"{name} is {printable(value, 40)}, expected at most {LARGEST_SIZE}")
+    return int(value)

@@ -336,6 +336,11 @@ def test_a_head_need_not_be_a_share_of_the_hidden_size() -> None:
             "max_position_embeddings is 0, expected a whole number of at least 1",
         ),
         (
+            CODELLAMA_7B,
+            {"max_position_embeddings": 10**400},
+            f"max_position_embeddings is 1{'0' * 38}…, expected at most 2147483647",
+        ),
+        (
             QWEN25_CODER_7B,
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types[1] is 'sliding_attention', which is not supported; expected 'full_attention'",

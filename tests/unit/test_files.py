@@ -29,7 +29,6 @@ def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to_file", [False, True])
 def test_standard_output_may_be_named(tmp_path: Path, to_file: bool) -> None:
-    # In a folder of the test's own, so that the machine's name is never at stake.
     program = "from pathlib import Path; from reflectron.engine.files import write_text; write_text(Path(%r), 'said')"
     command = [sys.executable, "-c", program % "/proc/self/fd/1"]
     if to_file:

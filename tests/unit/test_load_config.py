@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reflectron.engine.config import Config, DataFile
+from reflectron.engine.config import Config, DataFile, LossConfig
 from reflectron.tools.config_reference import config_reference
 from reflectron.tools.load_config import load_config, to_yaml
 
@@ -192,3 +192,15 @@ def test_yaml_that_python_has_no_value_for_is_named(text: str, tmp_path: Path) -
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as refusal:
         load_text(tmp_path, text + "\n")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("folder", ["", "  ", "a\0b"])
+def test_a_run_has_a_folder(folder: str) -> None:
+    with pytest.raises(ValueError, match=r"^output_dir is '.*', expected the path of a folder$"):
+        Config(output_dir=folder)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 101.0])
+def test_temperatures_that_round_the_divergence_away(temperature: float) -> None:
+    with pytest.raises(ValueError, match=rf"^loss\.temperature is {temperature}, expected above 0 and at most 100$"):
+        LossConfig(temperature=temperature)

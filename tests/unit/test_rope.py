@@ -181,6 +181,18 @@ def test_contradicting_keys_are_refused(hf_config: dict[str, Any], message: str)
     assert str(refusal.value) == f"here: {message}"
 
 
+def test_the_original_context_is_a_whole_number() -> None:
+    def original(value: float) -> Any:
+        scaling = {**YARN, "original_max_position_embeddings": value}
+        return RopeParameters.from_hf({"rope_scaling": scaling}, "here").scaling["original_max_position_embeddings"]
+
+    assert type(original(4096.0)) is int
+    assert original(4096.0) == 4096
+    for value in (4096.5, 2.0**40):
+        with pytest.raises(ValueError, match="here: original_max_position_embeddings is "):
+            original(value)
+
+
 def test_theta_beside_rope_parameters() -> None:
     rope = RopeParameters.from_hf({"rope_theta": 1e5, "rope_parameters": {"rope_type": "default"}}, "config.json")
     assert rope.theta == 1e5
