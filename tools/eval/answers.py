@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from reflectron.engine.text import one_line, printable
+from reflectron.tools.eval.verdict import OF_TIME
 from reflectron.tools.sandbox import plain_data
 from reflectron.tools.sandbox.process import Limits, SandboxKind, run_sandboxed
 
@@ -126,7 +127,7 @@ class AnswerPipes:
         if outcome.ended == "exited" and outcome.returncode == 0:
             return Cut()
         if outcome.ended not in ("exited", "signal"):
-            return Cut(f"limit: {outcome.ended}", by_time=outcome.ended in ("wall_time", "cpu_time"))
+            return Cut(f"limit: {outcome.ended}", by_time=outcome.ended in OF_TIME)
         said = printable(outcome.stderr.strip().rpartition("\n")[2])
         how = f"exit code {outcome.returncode}" if outcome.ended == "exited" else f"signal {-(outcome.returncode or 0)}"
         if not self._started():

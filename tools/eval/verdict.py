@@ -12,7 +12,8 @@ SUITES = ("base", "plus")
 """The tests of HumanEval and MBPP, and those that evalplus added; other benchmarks have the first alone."""
 STATUSES = ("pass", "fail", "timeout")
 """evalplus's words."""
-_OF_TIME = ("wall_time", "cpu_time", "idle")
+OF_TIME = ("wall_time", "cpu_time", "idle")
+"""Breaches that count as a timeout, as they do for evalplus, whose limits are of the clock."""
 LONGER_SECONDS = 10.0
 """CPU time of an input in a second trial, where the limit on it decided the first."""
 
@@ -39,7 +40,7 @@ class Verdict:
 
 def limit_verdict(breach: Breach) -> Verdict:
     """The verdict on a program that overstepped a limit of its sandbox."""
-    return Verdict("timeout" if breach in _OF_TIME else "fail", got=f"limit: {breach}")
+    return Verdict("timeout" if breach in OF_TIME else "fail", got=f"limit: {breach}")
 
 
 Verdicts = tuple[Verdict, ...]
