@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from reflectron.engine.checkpoint.hf_table import EMBEDDING, OUTPUT_LAYER
+from reflectron.engine.checkpoint.weights_identity import INDEX_FILE, SINGLE_FILE
 from reflectron.engine.json_file import read_object
 from reflectron.engine.text import printable
 
 _ROWS_AT_A_TIME = 4096
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 

@@ -1,7 +1,8 @@
 """Which weights a folder holds, by their content: the same wherever the folder lies and whatever it is called.
 
 Small checkpoints are read whole. Of large ones the headers are, and of every tensor pieces of its beginning, middle and
-end: enough to tell a trained model from its base, or one release from the next, in a second rather than minutes.
+end: enough to tell a trained model from its base, or one release from the next, in a second rather than minutes. This
+imports no torch: whether a run may begin is found before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from reflectron.engine.checkpoint.sources import INDEX_FILE, SINGLE_FILE
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+"""What a folder of safetensors holds: all weights in one file, or a list of the files with their tensors."""
 
 _READ_WHOLE = 1 << 29
 _PIECE = 4096
