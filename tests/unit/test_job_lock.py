@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from reflectron.engine import job_lock
 from reflectron.engine.job_lock import (
     LOCK_NAME,
     Holder,
@@ -27,7 +28,7 @@ from reflectron.engine.job_lock import (
 )
 
 # In seconds: short, so that the tests need not wait for a machine that is gone.
-BEAT, SILENCE = 0.05, 0.6
+BEAT, SILENCE, LONG_SILENCE = 0.05, 0.1, 5.0
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -59,8 +60,13 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
         process.communicate()
 
 
-def lock(folder: Path, **options: object) -> object:
-    return lock_folder(folder, "output_dir", beat_s=BEAT, silence_s=SILENCE, **options)  # type: ignore[arg-type]
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_lock, "_POLL_S", 0.02)
+
+
+def lock(folder: Path, silence_s: float = SILENCE, **options: object) -> object:
+    return lock_folder(folder, "output_dir", beat_s=BEAT, silence_s=silence_s, **options)  # type: ignore[arg-type]
 
 
 def write_foreign(folder: Path, **changes: object) -> Path:
@@ -117,7 +123,7 @@ def test_a_job_of_another_machine_that_gives_signs_of_life_is_respected(tmp_path
     thread.start()
     try:
         with pytest.raises(Locked, match=r"in use by process 77 on node07, Slurm job 4711, since "):
-            lock(tmp_path)
+            lock(tmp_path, LONG_SILENCE)
     finally:
         ending.set()
         thread.join()
@@ -137,7 +143,7 @@ def test_a_silent_or_damaged_lock_is_taken_over_after_a_while(tmp_path: Path, co
         assert time.monotonic() - began >= SILENCE
         mine.check()
     assert len(said) == 1
-    assert f"({path}); watching for 1 s whether it still runs" in said[0]
+    assert f"({path}); watching for 0 s whether it still runs" in said[0]
 
 
 def test_a_link_that_leads_nowhere_is_taken_over(tmp_path: Path) -> None:
