@@ -111,11 +111,11 @@ def served(tmp_path_factory: pytest.TempPathFactory, learnt: dict[str, Any]) -> 
         drain.wait()
 
 
-def reflect(served: tuple[str, str], folder: Path, *more: str) -> None:
+def reflect(served: tuple[str, str], folder: Path, *more: str, code: int = 0) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "in.jsonl").write_text(json.dumps(problem(1)) + "\n")
     words = ["data", "reflect", str(folder / "in.jsonl"), "--out", str(folder), "--interpreters", "1"]
-    assert cli.main([*words, "--endpoint", served[0], "--model", served[1], "--temperature", "0", *more]) == 0
+    assert cli.main([*words, "--endpoint", served[0], "--model", served[1], "--temperature", "0", *more]) == code
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -136,7 +136,8 @@ def test_a_trained_checkpoint_makes_its_own_sample(
 
 
 def test_chat_protocol(served: tuple[str, str], tmp_path: Path) -> None:
-    reflect(served, tmp_path, "--max-tokens", "4")
+    # An answer of four tokens is no program, and a run that made nothing says so.
+    reflect(served, tmp_path, "--max-tokens", "4", code=1)
     [reject] = rows(tmp_path / "rejects.jsonl")
     assert reject["reason"].startswith(("truncated", "no code", "request failed: empty"))
     attempts = rows(tmp_path / "attempts.jsonl")

@@ -60,7 +60,7 @@ def test_one_job_at_a_time(tmp_path: Path) -> None:
         (said,) = (line for line in lines_to(first, "interrupted;") if "interrupted;" in line)
     assert first.returncode == 130
     latest = int((out / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step_"))
-    assert f"interrupted; steps 1-{latest} are kept in {out}/checkpoints/step_{latest:08d}, " in said
+    assert f"interrupted; steps 1-{latest} are kept in {out}/checkpoints/step_{latest:08d}; " in said
     assert not (out / LOCK_NAME).exists()
     with start(words) as resumed:
         assert any(f"going on after step {latest} " in line for line in lines_to(resumed, "checkpoint  "))

@@ -165,8 +165,9 @@ def _drill_run(run: DrilledRun, generator: random.Random, want: _Wanted, tally: 
         else:
             struck = _strike(life, generator, want.load_s, tally)
         code = 0 if struck else life.wait()
-        if code == 2 and injuries and _refused_by_line(life, injuries):
-            for injury in injuries:
+        if code == 2 and (named := _named_in_refusal(life, injuries)):
+            # The others stay: this start may have gone back behind a damaged checkpoint already.
+            for injury in named:
                 injury.heal()
             tally.refused += 1
             continue
@@ -192,10 +193,12 @@ def _injure(run: DrilledRun, generator: random.Random, want: _Wanted, tally: Tal
     return injuries
 
 
-def _refused_by_line(life: Life, injuries: list[Injury]) -> bool:
-    """Whether it ended with one line that names what was damaged."""
+def _named_in_refusal(life: Life, injuries: list[Injury]) -> list[Injury]:
+    """What the one line names with which a start was refused; nothing when there is another or no such line."""
     errors = [line for line in life.text().splitlines() if line.startswith("reflectron train: error: ")]
-    return len(errors) == 1 and "Traceback" not in life.text() and any(str(i.path) in errors[0] for i in injuries)
+    if len(errors) != 1 or "Traceback" in life.text():
+        return []
+    return [injury for injury in injuries if str(injury.path) in errors[0]]
 
 
 def _look_at_names(life: Life, injuries: list[Injury], tally: Tally) -> None:
