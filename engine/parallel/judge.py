@@ -69,6 +69,10 @@ class Judge:
                 self._progressed = now
             if note != seen.note:
                 self._seen[rank] = _Seen(note, now)
+        if self.expected and 0 in notes and notes[0].entered:
+            # Rank 0 has met all others: from now on the silence of one that never said anything counts as well.
+            for rank in self.expected:
+                self._seen.setdefault(rank, _Seen(Note(host="unknown host", slow=False), now))
         watched = {rank: seen for rank, seen in sorted(self._seen.items()) if not seen.note.done}
         failed = [(seen.note.order, rank) for rank, seen in watched.items() if seen.note.words]
         self.someone_failed = bool(failed)

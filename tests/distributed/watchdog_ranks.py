@@ -49,6 +49,9 @@ def rank_main(case: str) -> None:
         for step in range(1, STEPS + 1):
             progress.enter("waiting for data", step)
             if step == 3:
+                # What is seen of a rank is what it has said; it says something at every beat.
+                watchdog._talk._said.clear()
+                watchdog._talk._said.wait(60)
                 act(case, rank)
             progress.enter("training")
             dist.all_reduce(torch.ones(1))

@@ -123,6 +123,21 @@ def test_a_rank_that_never_joins_is_named() -> None:
     assert verdict == "ranks 1, 3 did not join the job in 361 s"
 
 
+def test_a_rank_that_stops_before_it_says_anything_is_silent_once_all_have_met() -> None:
+    judge = Judge(WatchdogLimits(hang_s=0.0, silence_s=SILENCE), 0.0, range(2))
+    progress, verdict, now = Progress(Note(host="node0")), "", 0.0
+    while now < 10 * SILENCE:
+        now += 1
+        progress.tick()
+        assert judge.judge({0: replace(progress.note, beats=int(now))}, now) == "", "rank 1 may join at any time"
+    progress.enter("training", 1)
+    met = now
+    while not verdict and now < met + 10 * SILENCE:
+        now += 1
+        verdict = judge.judge({0: replace(progress.note, beats=int(now))}, now)
+    assert verdict.startswith(f"nothing was heard from rank 1 (unknown host) for {SILENCE + 1:.0f} s: it was killed")
+
+
 def test_ranks_that_come_late_are_waited_for() -> None:
     judge = Judge(WatchdogLimits(hang_s=HANG, silence_s=2 * HANG), 0.0, range(2))
     first = Note(host="node0")
