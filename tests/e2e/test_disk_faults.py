@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from printed_lines import lines_to
 
 from reflectron.engine.checkpoint.space import checkpoint_bytes
 from reflectron.engine.preparation import read_model_inputs
@@ -41,17 +42,6 @@ def start(config: Path, output_dir: Path, *overrides: str) -> subprocess.Popen[s
     words = ["train", str(config), f"output_dir={output_dir}", "parallel.data_parallel_size=1", f"train.steps={STEPS}"]
     command = [sys.executable, "-m", "reflectron.tools.cli", *words, *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def lines_to(process: subprocess.Popen[str], text: str) -> list[str]:
-    """What it prints up to a line that holds ``text``."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return lines
-    pytest.fail("".join(lines))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from printed_lines import lines_to
 
 from reflectron.engine.config import Config, TrainConfig
 from reflectron.engine.job_lock import LOCK_NAME, Holder
@@ -25,17 +26,6 @@ from reflectron.tools.wandb_account import check_wandb
 def command(config: Path, *overrides: str) -> list[str]:
     words = ["train", str(config), "parallel.data_parallel_size=1", "checkpoint.save_every=2", *overrides]
     return [sys.executable, "-W", "ignore", "-m", "reflectron.tools.cli", *words]
-
-
-def lines_to(process: subprocess.Popen[str], text: str) -> list[str]:
-    """What it prints up to a line that holds ``text``."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return lines
-    pytest.fail("".join(lines))
 
 
 def start(words: list[str], **env: str) -> subprocess.Popen[str]:
