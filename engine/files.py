@@ -1,12 +1,15 @@
 """Files that appear whole or not at all, through temporary names that no two writers share, and rows that do likewise.
 
 A file of rows grows by ``append_whole``; after a kill ``end_of_rows`` tells where its last whole row ends.
+
+A JSON file that others wrote comes in, its object goes out, or one line that says what the file holds instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -14,7 +17,9 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from reflectron.engine.text import printable
 
 # What `temporary_name` puts behind a name; the end tells a glob what it is.
 _TEMPORARY = re.compile(r"\.[\w.-]+-\d+-[0-9a-f]{8}\.(partial|tmp)$")
@@ -150,3 +155,20 @@ def free_bytes(folder: Path) -> int:
 def gib(size: int) -> str:
     """A number of bytes as a user reads it; small ones in MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in ``path``.
+
+    Raises:
+        OSError: when the file cannot be read.
+        ValueError: naming the file, when it is not JSON or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    # Python's parser ends at nesting beyond its stack.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {printable(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content

@@ -151,7 +151,7 @@ def _backends() -> list[str]:
     try:
         import torch
 
-        from reflectron.engine.backends import choose_backends
+        from reflectron.engine.model.backends.choose import choose_backends
     except ImportError as error:
         return [f"backends: {error}"]
     from reflectron.engine.config import Config

@@ -198,9 +198,9 @@ def _loss_meter(config: Config, with_gradients: bool, dtype: str) -> LossMeter:
     groups = start_process_groups(config.parallel, config.seed)
 
     # Imported after the start, which quiets megatron-core's warnings about missing CUDA extensions.
-    from reflectron.engine.preparation import read_model_inputs
-    from reflectron.engine.sample_loss import gradient_norms, sample_loss
-    from reflectron.engine.trainer import load_model
+    from reflectron.engine.model.inputs import read_model_inputs
+    from reflectron.engine.training.build import load_model
+    from reflectron.engine.training.diagnostics import gradient_norms, sample_loss
 
     inputs = read_model_inputs(config)
     for note in inputs.notes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from reflectron.engine.config import Config
 
 if TYPE_CHECKING:
-    from reflectron.engine.model.families import Architecture
+    from reflectron.engine.model.architecture import Architecture
     from reflectron.tools.planner.hardware import Cluster
     from reflectron.tools.planner.samples import Samples
     from reflectron.tools.planner.search import Planner, Prediction
@@ -137,7 +137,7 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
 
 def planned_architecture(source: str, config: Config) -> Architecture:
     """Of the ``config.json`` that is ``source`` or lies in it, its vocabulary with the template's tags."""
-    from reflectron.engine.model.families import parse_architecture, read_hf_config
+    from reflectron.engine.model.hf_config import parse_architecture, read_hf_config
 
     arch = parse_architecture(read_hf_config(source), source)
     return replace(arch, vocab_size=arch.vocab_size + _TAGS) if config.data.template == "reflection" else arch
@@ -146,7 +146,7 @@ def planned_architecture(source: str, config: Config) -> Architecture:
 def _samples_of_files(config: Config) -> Samples:
     from reflectron.engine.data.store import build_store
     from reflectron.engine.data.tokenizer import load_tokenizer
-    from reflectron.engine.preparation import store_folder
+    from reflectron.engine.training.run import store_folder
     from reflectron.tools.planner.samples import samples_of
 
     path = config.tokenizer.path or config.model.path

@@ -14,7 +14,7 @@ def plot_run(folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from reflectron.engine.metrics import read_rows
+    from reflectron.engine.training.metrics import read_rows
 
     rows = read_rows(folder / "metrics.jsonl")
     steps = [row["step"] for row in rows]

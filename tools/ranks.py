@@ -18,7 +18,7 @@ from reflectron.engine.text import printable
 
 if TYPE_CHECKING:
     from reflectron.engine.parallel.process_groups import ParallelGroups
-    from reflectron.engine.preparation import RunInputs
+    from reflectron.engine.training.run import RunInputs
 
 RankBody = Callable[[Config, "RunInputs", "ParallelGroups"], int]
 NothingToDo = Callable[[Config, "RunInputs"], str | None]
@@ -66,13 +66,13 @@ def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do
     Returns:
         The exit code.
     """
-    from reflectron.engine.preparation import prepare
+    from reflectron.engine.training.run import prepare
 
     place = resolve_environment(os.environ)
     if place is None:
         inputs = prepare(config, progress=sys.stderr.isatty())
         if config.model.path:
-            from reflectron.engine.checkpoint.dist_source import open_weights
+            from reflectron.engine.weights.dist_reader import open_weights
 
             original = replace(inputs.model.arch, vocab_size=inputs.model.original_vocab_size)
             open_weights(config.model.path, original).open_all()
@@ -98,11 +98,10 @@ def _print_notes(inputs: RunInputs) -> None:
 
 
 def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None) -> int:
-    from reflectron.engine.parallel.judge import SLOW_PHASE_FACTOR, WatchdogLimits
-    from reflectron.engine.parallel.notes import Progress
+    from reflectron.engine.parallel.judge import SLOW_PHASE_FACTOR, Progress, WatchdogLimits
     from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
     from reflectron.engine.parallel.watchdog import Watchdog
-    from reflectron.engine.preparation import open_run_inputs
+    from reflectron.engine.training.run import open_run_inputs
 
     hang_minutes = config.train.collective_timeout_minutes
     watchdog = Watchdog(
@@ -136,7 +135,7 @@ def _look_on_main(config: Config, inputs: RunInputs, nothing_to_do: NothingToDo)
     """What ``nothing_to_do`` says on the main rank, on every rank alike: files are read once, and none disagrees."""
     import torch.distributed as dist
 
-    from reflectron.engine.checkpoint.on_main import from_main
+    from reflectron.engine.parallel.process_groups import from_main
 
     reason, mistake = None, ""
     if dist.get_rank() == 0:
@@ -157,7 +156,7 @@ def _check_backends(config: Config, inputs: RunInputs) -> None:
     if device_type(config.parallel) == "cpu":
         import torch
 
-        from reflectron.engine.backends import choose_backends
+        from reflectron.engine.model.backends.choose import choose_backends
 
         choose_backends(config, inputs.model.arch, torch.device("cpu"))
 

@@ -12,11 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reflectron.engine.config import Config
 from reflectron.engine.data.global_batch import SampleId
 from reflectron.engine.files import write_text
-from reflectron.engine.metrics import MetricsLog, StepMetrics, read_rows
-from reflectron.engine.nonfinite import Finding
-from reflectron.engine.spikes import Spike, SpikeDetector
 from reflectron.engine.terminal import console
-from reflectron.engine.train_step import LossTerms
+from reflectron.engine.training.diagnostics import Finding, Spike, SpikeDetector
+from reflectron.engine.training.metrics import MetricsLog, StepMetrics, read_rows
+from reflectron.engine.training.step import LossTerms
 from reflectron.tools.load_config import to_yaml
 from reflectron.tools.plot_run import plot_run
 

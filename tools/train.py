@@ -18,8 +18,8 @@ from reflectron.tools.ranks import only_job, run_as_ranks
 if TYPE_CHECKING:
     from reflectron.engine.job_lock import JobLock
     from reflectron.engine.parallel.process_groups import ParallelGroups
-    from reflectron.engine.preparation import RunInputs
-    from reflectron.engine.trainer import Trainer
+    from reflectron.engine.training.run import RunInputs
+    from reflectron.engine.training.trainer import Trainer
     from reflectron.tools.run_log import RunLog
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if not config.data.train:
         raise ValueError("data.train is empty, expected at least one file")
     check_machine(config)
-    from reflectron.engine.checkpoint.run_identity import look_into_folder
+    from reflectron.engine.training.run import look_into_folder
     from reflectron.tools.eval.callback import check_evaluation
     from reflectron.tools.wandb_account import check_wandb
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(lock: JobLock | None, config: Config, inputs: RunInputs, groups: ParallelGroups) -> int:
     from reflectron.engine.checkpoint.retention import export_folder
-    from reflectron.engine.trainer import Trainer
+    from reflectron.engine.training.trainer import Trainer
     from reflectron.tools.run_log import RunLog
 
     trainer = Trainer(config, inputs, groups, lock)

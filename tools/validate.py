@@ -14,7 +14,7 @@ from reflectron.tools.ranks import run_as_ranks
 
 if TYPE_CHECKING:
     from reflectron.engine.parallel.process_groups import ParallelGroups
-    from reflectron.engine.preparation import RunInputs
+    from reflectron.engine.training.run import RunInputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
 def _validate(config: Config, inputs: RunInputs, groups: ParallelGroups, json_file: str | None) -> None:
     import torch
 
-    from reflectron.engine.backends import choose_on_every_rank
-    from reflectron.engine.flops import decoder_shape, forward_cost
-    from reflectron.engine.trainer import load_model
-    from reflectron.engine.validation import validate
+    from reflectron.engine.model.backends.choose import choose_on_every_rank
+    from reflectron.engine.training.build import load_model
+    from reflectron.engine.training.flops import decoder_shape, forward_cost
+    from reflectron.engine.training.step import validate
     from reflectron.tools.run_log import describe_terms
 
     assert inputs.validation is not None, "checked before the ranks started"

@@ -138,3 +138,23 @@ def check_file(path: Path, expected: FileDigest) -> None:
 
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# A checkpoint that does not name them is of the version before there were others.
+_VERSIONS = ("random draws (version)",)
+
+
+def check_same_run(found: dict[str, Any], identity: dict[str, Any], where: Path) -> None:
+    """Compare what ``where`` was written with to this run's identity.
+
+    Raises:
+        ValueError: naming the first key that differs, both values and what to do.
+    """
+    found = dict.fromkeys(_VERSIONS, 1) | found
+    # A key that an older version did not know had its default.
+    for key in [key for key in identity if key in found]:
+        if found[key] != identity[key]:
+            raise ValueError(
+                f"{key} is {identity[key]!r}, expected {found[key]!r} as in the run that {where} holds: set it back to "
+                "continue that run, choose another output_dir, or start over with checkpoint.resume=never"
+            )

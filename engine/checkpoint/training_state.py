@@ -25,20 +25,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from reflectron.engine.adafactor import Adafactor
-from reflectron.engine.checkpoint.hf_table import HfPiece, hf_pieces, tied_copy
-from reflectron.engine.model.families import Architecture
+from reflectron.engine.model.architecture import Architecture
 from reflectron.engine.model.gpt import PackedGPT
+from reflectron.engine.model.hf_mapping import HfPiece, hf_pieces, tied_copy
 from reflectron.engine.model.parallelize import gather_parameters
+from reflectron.engine.optim.adafactor import Adafactor
 from reflectron.engine.parallel.process_groups import ParallelGroups
+from reflectron.engine.weights.dist_metadata import CONTENT
 
-# What megatron-core 0.16.1 is asked for, and what `content_metadata` of a checkpoint says.
-CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # What only transformer-engine's norms have in a state dict, and it is empty; linear layers have one with any parts.
 _STATE_OF_NORM = "layernorm._extra_state"

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from reflectron.engine.config import MaskConfig
-from reflectron.engine.data.draws import Draws
+from reflectron.engine.data.sampler import Draws
 from reflectron.engine.data.tokenization import TokenizedSample
 
 _BLOCK_TYPES = {"t": 0, "c": 1, "e": 2}

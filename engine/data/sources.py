@@ -22,10 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.byte_blocks import PARQUET_MAGIC, ByteBlocks, starts_with
 from reflectron.engine.data.conversation import BadRecord, Conversation
-from reflectron.engine.data.json_records import Undecodable, decode, split_records
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.json_records import (
+    PARQUET_MAGIC,
+    ByteBlocks,
+    Undecodable,
+    decode,
+    split_records,
+    starts_with,
+)
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.text import printable
 
 _PARQUET = ".parquet"

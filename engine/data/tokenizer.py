@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tokenizers
 
 from reflectron.engine.data.sentencepiece_model import convert_sentencepiece
-from reflectron.engine.json_file import read_object
+from reflectron.engine.files import read_object
 from reflectron.engine.text import printable
 
 TAGS = ("<|user|>", "<|assistant|>", "<|text|>", "<|code|>", "<|execution|>", "<|endofblock|>", "<|endofmessage|>")

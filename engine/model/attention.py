@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
 from reflectron.engine.data.microbatch import Segments
-from reflectron.engine.model.attention_kernels import AttentionShape, attention_kernel
+from reflectron.engine.model.backends.attention_kernels import AttentionShape, attention_kernel
 from reflectron.engine.model.rope import rotate
 
 

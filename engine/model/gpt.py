@@ -19,10 +19,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-from reflectron.engine.backends import Backends
 from reflectron.engine.config import ParallelConfig
+from reflectron.engine.model.architecture import Architecture, check_parallel, layers_per_stage
 from reflectron.engine.model.attention import PackedRows
-from reflectron.engine.model.families import Architecture, check_parallel, layers_per_stage
+from reflectron.engine.model.backends.choose import Backends
+from reflectron.engine.model.backends.weight_gradient import use_weight_gradient
 from reflectron.engine.model.rope import (
     cosines_and_sines,
     inverse_frequencies,
@@ -31,7 +32,6 @@ from reflectron.engine.model.rope import (
     softmax_scale,
 )
 from reflectron.engine.model.spec import block_spec
-from reflectron.engine.model.weight_gradient import use_weight_gradient
 
 # (hidden states [T, 1, H] or this rank's share of T, output weight [V / tp, H], context) -> result of the last stage
 OutputProcessor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]

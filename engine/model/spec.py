@@ -21,9 +21,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from reflectron.engine.backends import Backends
+from reflectron.engine.model.architecture import CHECKPOINT_NAMES
 from reflectron.engine.model.attention import PackedCausalAttention
-from reflectron.engine.model.families import CHECKPOINT_NAMES
+from reflectron.engine.model.backends.choose import Backends
 from reflectron.engine.model.norm import RMSNorm
 
 
@@ -56,7 +56,7 @@ def block_spec(config: TransformerConfig, backends: Backends, num_layers: int) -
 def layer_parts(backends: Backends) -> LayerParts:
     """The parts that ``backends`` names; each choice is imported only where it is made."""
     if backends.layers == "liger":
-        from reflectron.engine.model.liger import LigerRMSNorm, LigerSelfAttention, swiglu
+        from reflectron.engine.model.backends.liger import LigerRMSNorm, LigerSelfAttention, swiglu
 
         return LayerParts(
             norm=LigerRMSNorm,

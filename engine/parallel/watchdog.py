@@ -24,9 +24,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from reflectron.engine.parallel import rendezvous
-from reflectron.engine.parallel.judge import Judge, WatchdogLimits
+from reflectron.engine.parallel.judge import Judge, Note, Progress, Seal, WatchdogLimits, note_text, read_note
 from reflectron.engine.parallel.launch import SUPERVISED, WATCHDOG_EXIT_CODE
-from reflectron.engine.parallel.notes import Note, Progress, Seal, note_text, read_note
 from reflectron.engine.text import printable
 
 # After a rank has said that it fails, the others have this long to end by themselves: often all meet the same error.

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from reflectron.engine.data.conversation import Conversation
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.tokenizer import load_tokenizer
 

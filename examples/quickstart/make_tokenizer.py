@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.tokenizer import load_tokenizer
 

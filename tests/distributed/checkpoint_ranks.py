@@ -20,11 +20,9 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from reflectron.engine.backends import choose_backends
-from reflectron.engine.checkpoint.checkpointer import Checkpointer, parallel_layout
-from reflectron.engine.checkpoint.distributed import PlannedSave, load
+from reflectron.engine.checkpoint.checkpointer import Checkpointer, find_resume_point, parallel_layout
 from reflectron.engine.checkpoint.manifest import SkippedSteps
-from reflectron.engine.checkpoint.resume import find_resume_point
+from reflectron.engine.checkpoint.storage import PlannedSave, load
 from reflectron.engine.checkpoint.training_state import TrainingState
 from reflectron.engine.config import (
     BatchConfig,
@@ -37,20 +35,21 @@ from reflectron.engine.config import (
     ParallelConfig,
     TokenizerConfig,
 )
-from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.global_batch import GlobalBatch, assemble, share_of_batch
 from reflectron.engine.data.masking import visible_tokens
+from reflectron.engine.data.sampler import Draws
 from reflectron.engine.data.sources import read_records
 from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.views import make_views
-from reflectron.engine.flops import decoder_shape, training_cost
+from reflectron.engine.model.backends.choose import choose_backends
+from reflectron.engine.model.inputs import ModelInputs, read_model_inputs
 from reflectron.engine.model.parallelize import parallelize
-from reflectron.engine.optimizer import build_optimizer, shards_optimizer
+from reflectron.engine.optim.optimizer import build_optimizer, shards_optimizer
 from reflectron.engine.parallel.cpu_backend import redirect_cuda_to_cpu
 from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups, stop_process_groups
-from reflectron.engine.preparation import ModelInputs, read_model_inputs
-from reflectron.engine.train_step import train_step
-from reflectron.engine.trainer import load_model
+from reflectron.engine.training.build import load_model
+from reflectron.engine.training.flops import decoder_shape, training_cost
+from reflectron.engine.training.step import train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RATE = 1e-2

@@ -19,12 +19,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from reflectron.engine.checkpoint.hf import export_weights, load_weights
-from reflectron.engine.checkpoint.sources import SafetensorsSource, TensorSource
 from reflectron.engine.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
 from reflectron.engine.data.microbatch import segments_of
 from reflectron.engine.model.attention import PackedRows
 from reflectron.engine.model.gpt import PackedGPT
+from reflectron.engine.model.inputs import ModelInputs, read_model_inputs
 from reflectron.engine.parallel.launch import ProcessPlace, free_port
 from reflectron.engine.parallel.process_groups import (
     ParallelGroups,
@@ -32,8 +31,9 @@ from reflectron.engine.parallel.process_groups import (
     start_process_groups,
     stop_process_groups,
 )
-from reflectron.engine.preparation import ModelInputs, read_model_inputs
-from reflectron.engine.trainer import export_checkpoint, load_model
+from reflectron.engine.training.build import load_model, load_weights
+from reflectron.engine.weights.readers import SafetensorsSource, TensorSource
+from reflectron.engine.weights.writers import export_checkpoint, export_weights
 
 
 def job_config(job: dict[str, Any], parallel: ParallelConfig) -> Config:

@@ -32,29 +32,29 @@ from reflectron.engine.config import (
     ParallelConfig,
     TokenizerConfig,
 )
-from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.microbatch import Microbatch, pack
+from reflectron.engine.data.sampler import Draws
 from reflectron.engine.data.sources import read_records
 from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.views import SampleViews, make_views, row_weights
+from reflectron.engine.model.inputs import ModelInputs, read_model_inputs
 from reflectron.engine.parallel.cpu_backend import redirect_cuda_to_cpu
-from reflectron.engine.preparation import ModelInputs, read_model_inputs
 
 redirect_cuda_to_cpu()
 
 
-from reflectron.engine.backends import choose_backends  # noqa: E402
-from reflectron.engine.checkpoint.hf import gather_piece  # noqa: E402
-from reflectron.engine.checkpoint.hf_table import hf_pieces  # noqa: E402
 from reflectron.engine.data.global_batch import GlobalBatch, assemble, share_of_batch  # noqa: E402
-from reflectron.engine.flops import decoder_shape, training_cost  # noqa: E402
+from reflectron.engine.model.backends.choose import choose_backends  # noqa: E402
 from reflectron.engine.model.gpt import PackedGPT  # noqa: E402
+from reflectron.engine.model.hf_mapping import hf_pieces  # noqa: E402
 from reflectron.engine.model.parallelize import gather_parameters, parallelize  # noqa: E402
-from reflectron.engine.optimizer import build_optimizer  # noqa: E402
+from reflectron.engine.optim.optimizer import build_optimizer  # noqa: E402
 from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups, stop_process_groups  # noqa: E402
-from reflectron.engine.train_step import forward_backward, reduce_terms, train_step  # noqa: E402
-from reflectron.engine.trainer import load_model  # noqa: E402
+from reflectron.engine.training.build import load_model  # noqa: E402
+from reflectron.engine.training.flops import decoder_shape, training_cost  # noqa: E402
+from reflectron.engine.training.step import forward_backward, reduce_terms, train_step  # noqa: E402
+from reflectron.engine.weights.writers import gather_piece  # noqa: E402
 from reflectron.kernels import tuning  # noqa: E402
 
 # Fewer, wider tiles: the interpreter's time goes by the number of programs. Only eight shards of 96 columns fit one.

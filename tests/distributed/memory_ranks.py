@@ -16,10 +16,10 @@ import torch.distributed as dist
 from layout_ranks import Job, global_batch, job_config, main, model_inputs
 
 from reflectron.engine.model.parallelize import parallelize
-from reflectron.engine.optimizer import build_optimizer, shards_optimizer
+from reflectron.engine.optim.optimizer import build_optimizer, shards_optimizer
 from reflectron.engine.parallel.process_groups import ParallelGroups
-from reflectron.engine.train_step import train_step
-from reflectron.engine.trainer import load_model
+from reflectron.engine.training.build import load_model
+from reflectron.engine.training.step import train_step
 from reflectron.tools.planner import memory
 from reflectron.tools.planner.backends import STACKS
 

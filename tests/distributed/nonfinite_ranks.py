@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
-from reflectron.engine.preparation import open_run_inputs, prepare
-from reflectron.engine.trainer import Trainer
+from reflectron.engine.training.run import open_run_inputs, prepare
+from reflectron.engine.training.trainer import Trainer
 from reflectron.tools.load_config import load_config
 
 RECURRING, PASSING = 2, 3

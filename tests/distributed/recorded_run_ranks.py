@@ -31,7 +31,7 @@ def main(out: Path) -> None:
     # These import megatron-core, which must find CUDA redirected.
     from checkpoint_ranks import Training
 
-    from reflectron.engine.train_step import train_step
+    from reflectron.engine.training.step import train_step
 
     training, samples = Training.build(config, groups, with_weights=True), tokenized_samples()
     cost = CostModel(per_token=1.0, per_token_squared=0.0, per_row=0.0)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from reflectron.engine.adafactor import Adafactor
+from reflectron.engine.optim.adafactor import Adafactor
 from reflectron.engine.parallel.launch import spawn_local
 
 RANKS, STEPS, HIDDEN = 2, 5, 6

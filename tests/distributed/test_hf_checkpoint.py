@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reflectron.engine.checkpoint.dist_weights import write_weights
-from reflectron.engine.model.families import parse_architecture
+from reflectron.engine.model.hf_config import parse_architecture
 from reflectron.engine.model.rope import inverse_frequencies
+from reflectron.engine.weights.writers import write_weights
 from reflectron.tools.convert.model_folder import open_model_folder, write_model_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -19,18 +19,18 @@ from layout_ranks import TOKENIZER, Job
 
 from megatron.core import parallel_state  # isort: skip
 
-from reflectron.engine.backends import choose_on_every_rank
 from reflectron.engine.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, ParallelConfig
 from reflectron.engine.data.global_batch import assemble, share_of_batch
 from reflectron.engine.data.views import SampleViews
-from reflectron.engine.flops import decoder_shape, training_cost
+from reflectron.engine.model.backends.choose import choose_on_every_rank
+from reflectron.engine.model.inputs import read_model_inputs
 from reflectron.engine.model.parallelize import parallelize
-from reflectron.engine.optimizer import build_optimizer, shards_optimizer
+from reflectron.engine.optim.optimizer import build_optimizer, shards_optimizer
 from reflectron.engine.parallel.cpu_backend import keep_freed_memory
 from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups
-from reflectron.engine.preparation import read_model_inputs
-from reflectron.engine.train_step import train_step
-from reflectron.engine.trainer import load_model
+from reflectron.engine.training.build import load_model
+from reflectron.engine.training.flops import decoder_shape, training_cost
+from reflectron.engine.training.step import train_step
 from reflectron.tools.bench.calibration_model import made_up_views
 from reflectron.tools.planner.hardware import make_cluster
 from reflectron.tools.planner.predict import batch_of_views, predict

@@ -21,9 +21,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from reflectron.engine.parallel import rendezvous
-from reflectron.engine.parallel.judge import WatchdogLimits
+from reflectron.engine.parallel.judge import Note, Progress, Seal, WatchdogLimits, note_text
 from reflectron.engine.parallel.launch import RUN_SECRET, ProcessPlace, die_with, free_port
-from reflectron.engine.parallel.notes import Note, Progress, Seal, note_text
 from reflectron.engine.parallel.rendezvous import open_store
 from reflectron.engine.parallel.watchdog import Watchdog
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig
-from reflectron.engine.flops import decoder_shape, training_cost, training_flops
-from reflectron.engine.model.families import parse_architecture
+from reflectron.engine.model.hf_config import parse_architecture
+from reflectron.engine.training.flops import decoder_shape, training_cost, training_flops
 from reflectron.tools.bench.train_plan import BASELINE, SCHEDULE, VARIANTS
 from reflectron.tools.bench.train_samples import synthetic_samples, views_at
 from reflectron.tools.bench.train_shapes import hf_config_of

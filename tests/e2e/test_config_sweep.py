@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from reflectron.engine.checkpoint.dist_source import open_weights
-from reflectron.engine.checkpoint.hf_table import EMBEDDING, OUTPUT_LAYER
 from reflectron.engine.config import ParallelConfig
-from reflectron.engine.model.families import parse_architecture
+from reflectron.engine.model.hf_config import parse_architecture
+from reflectron.engine.model.hf_mapping import EMBEDDING, OUTPUT_LAYER
 from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
+from reflectron.engine.weights.dist_reader import open_weights
 
 VARIANTS = 100
 TOKENS = 48

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from printed_lines import lines_to
 
-from reflectron.engine.checkpoint.space import checkpoint_bytes
-from reflectron.engine.preparation import read_model_inputs
+from reflectron.engine.model.inputs import read_model_inputs
+from reflectron.engine.weights.hf_folder import checkpoint_bytes
 from reflectron.tools.bench.tiny_run import write_tiny_run
 from reflectron.tools.load_config import load_config
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from reflectron.engine.data.global_batch import GlobalBatch
     from reflectron.engine.data.tokenization import TokenizedSample
     from reflectron.engine.data.views import SampleViews
-    from reflectron.engine.model.families import Architecture
+    from reflectron.engine.model.architecture import Architecture
     from reflectron.engine.model.gpt import PackedGPT
     from reflectron.engine.parallel.process_groups import ParallelGroups
 
@@ -84,8 +84,8 @@ def tokenized_samples() -> dict[str, TokenizedSample]:
 
 def views_at(sample: TokenizedSample, rate: float) -> SampleViews:
 
-    from reflectron.engine.data.draws import Draws
     from reflectron.engine.data.masking import visible_tokens
+    from reflectron.engine.data.sampler import Draws
     from reflectron.engine.data.views import make_views
 
     return make_views(sample, visible_tokens(sample, CONFIG.mask, rate, Draws(0)))
@@ -114,11 +114,11 @@ def compute(groups: ParallelGroups) -> dict[str, Any]:
     """Everything that the tests compare, by one model: logits and gradients first, then the run that changes it."""
     import torch
 
-    from reflectron.engine.backends import choose_backends
+    from reflectron.engine.model.backends.choose import choose_backends
+    from reflectron.engine.model.inputs import read_model_inputs
     from reflectron.engine.model.parallelize import parallelize
-    from reflectron.engine.optimizer import build_optimizer
-    from reflectron.engine.preparation import read_model_inputs
-    from reflectron.engine.trainer import load_model
+    from reflectron.engine.optim.optimizer import build_optimizer
+    from reflectron.engine.training.build import load_model
 
     samples, inputs = tokenized_samples(), read_model_inputs(CONFIG)
     backends = choose_backends(CONFIG, inputs.arch, groups.device)
@@ -172,7 +172,7 @@ def compute_accumulation(
     samples: dict[str, TokenizedSample],
 ) -> dict[str, Any]:
     """Loss of each of the three microbatches and the norm of their mean's gradient."""
-    from reflectron.engine.train_step import forward_backward
+    from reflectron.engine.training.step import forward_backward
 
     views = [views_at(samples[name], float(ACCUMULATION["rate"])) for name in ACCUMULATION["micro_batches"]]
     wrapped.zero_grad_buffer()
@@ -188,8 +188,8 @@ def compute_run(
     samples: dict[str, TokenizedSample],
 ) -> dict[str, Any]:
     """Train the recorded run again, its samples, mask rates and learning rates handed in."""
-    from reflectron.engine.optimizer import set_learning_rate
-    from reflectron.engine.train_step import forward_backward
+    from reflectron.engine.optim.optimizer import set_learning_rate
+    from reflectron.engine.training.step import forward_backward
 
     losses: list[float] = []
     grad_norms: list[float] = []
@@ -210,8 +210,8 @@ def compute_final_state(model: PackedGPT, arch: Architecture, samples: dict[str,
     """Losses and parameters after the run."""
     import torch
 
-    from reflectron.engine.checkpoint.hf_table import hf_pieces
-    from reflectron.engine.sample_loss import sample_loss
+    from reflectron.engine.model.hf_mapping import hf_pieces
+    from reflectron.engine.training.diagnostics import sample_loss
 
     parameters = {}
     for parameter, pieces in hf_pieces([model], arch, tensor_parallel_size=1):

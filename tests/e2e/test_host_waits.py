@@ -127,7 +127,7 @@ def main(folder: Path, overrides: list[str]) -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     from reflectron.engine.parallel.launch import free_port
     from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
-    from reflectron.engine.preparation import prepare
+    from reflectron.engine.training.run import prepare
     from reflectron.tools.bench.tiny_run import write_tiny_run
     from reflectron.tools.load_config import load_config
 
@@ -138,8 +138,8 @@ def main(folder: Path, overrides: list[str]) -> None:
     inputs = prepare(config, progress=False)
     groups = start_process_groups(config.parallel, config.seed)
 
-    from reflectron.engine.train_step import train_step
-    from reflectron.engine.trainer import Trainer
+    from reflectron.engine.training.step import train_step
+    from reflectron.engine.training.trainer import Trainer
 
     trainer = Trainer(config, inputs, groups)
     batches = trainer.batches.from_step(0, groups.device)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from reflectron.engine.checkpoint.hf_table import EMBEDDING, OUTPUT_LAYER, checkpoint_tensors
-from reflectron.engine.model.families import parse_architecture
+from reflectron.engine.model.hf_config import parse_architecture
+from reflectron.engine.model.hf_mapping import EMBEDDING, OUTPUT_LAYER, checkpoint_tensors
 from reflectron.tools import cli
 
 WORDS = ["<unk>", "<s>", "</s>", "def", "f", "return", "1", "|"]
@@ -124,7 +124,7 @@ def test_another_models_tokenizer_is_named(
 def test_ids_that_contradict_the_models_own_tokenizer_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from reflectron.engine.preparation import read_model_inputs
+    from reflectron.engine.model.inputs import read_model_inputs
     from reflectron.tools.load_config import load_config
 
     save_model(tmp_path / "model", eos_token_id=[5, 6], bos_token_id=3)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scripted_generator import ANSWER, ATTEMPTS, RIGHT, SAID, TESTS, number_of, problem, speak, turn
 
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.tools import cli
 from reflectron.tools.llm.scripted_server import Scripted, ScriptedServer
 

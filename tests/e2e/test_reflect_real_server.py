@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from scripted_generator import ANSWER, ATTEMPTS, RIGHT, SAID, TESTS, problem
 
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.data.tokenization import render
 from reflectron.engine.data.tokenizer import load_tokenizer
 from reflectron.tools import cli

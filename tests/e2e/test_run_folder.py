@@ -17,7 +17,7 @@ from printed_lines import lines_to
 
 from reflectron.engine.config import Config, TrainConfig
 from reflectron.engine.job_lock import LOCK_NAME, Holder
-from reflectron.engine.metrics import wandb_run_id
+from reflectron.engine.training.metrics import wandb_run_id
 from reflectron.tools import cli
 from reflectron.tools.bench.tiny_run import write_tiny_run
 from reflectron.tools.wandb_account import check_wandb

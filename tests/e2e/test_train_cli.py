@@ -113,7 +113,7 @@ def test_what_a_run_leaves(tp2: Run) -> None:
 def test_what_a_rank_does_not_import(tp2: Run) -> None:
     """On the CPU, torch's compiler and transformers would be a quarter of its start."""
     imported = {line.rpartition("|")[2].strip() for line in tp2.stderr.splitlines() if line.startswith("import time:")}
-    assert {"torch", "megatron.core", "reflectron.engine.trainer"} <= imported
+    assert {"torch", "megatron.core", "reflectron.engine.training.trainer"} <= imported
     assert not imported & {"torch._dynamo", "torch._inductor", "transformers"}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from reflectron.engine.config import Config, DataFile
 from reflectron.engine.data.store import TokenStore
-from reflectron.engine.preparation import prepare
+from reflectron.engine.training.run import prepare
 from reflectron.tools.cli import main
 from reflectron.tools.eval.ablation_plan import Base, Run, plan
 from reflectron.tools.eval.ablation_report import compare, write_report

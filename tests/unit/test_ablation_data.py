@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from reflectron.engine.data.conversation import Conversation
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.tools.data.reflection.program import has_tests
 from reflectron.tools.eval.problems import Problem, load_problems
 from reflectron.tools.eval.prompts import make_ask

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor as HfAdafactor
 
-from reflectron.engine.adafactor import Adafactor
+from reflectron.engine.optim.adafactor import Adafactor
 
 STEPS = 5
 # A tall third and a flat fourth gradient make the update clipped and not clipped.

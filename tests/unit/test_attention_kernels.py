@@ -16,8 +16,7 @@ import torch
 from varlen_kernel import DotProductAttention, flash_attn_varlen_func, with_logsumexp
 
 from reflectron.engine.data.microbatch import Segments, segments_of, to_device
-from reflectron.engine.model.attention_check import AttentionProblem, attention_errors, attention_problem
-from reflectron.engine.model.attention_kernels import (
+from reflectron.engine.model.backends.attention_kernels import (
     AttentionKernel,
     AttentionShape,
     attention_kernel,
@@ -26,6 +25,7 @@ from reflectron.engine.model.attention_kernels import (
     torch_varlen,
     transformer_engine,
 )
+from reflectron.engine.model.backends.checks import AttentionProblem, attention_errors, attention_problem
 
 SHAPE = AttentionShape(num_attention_heads=6, num_query_groups=2, head_dim=16, softmax_scale=0.3, whole_segments=True)
 LENGTHS = (1, 3, 40, 1, 17)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reflectron.engine.backends import CANDIDATES
+from reflectron.engine.model.backends.choose import CANDIDATES
 from reflectron.tools.bench.parity import ATTENTION_CASES, attention_parity
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig
-from reflectron.engine.flops import decoder_shape, training_cost
-from reflectron.engine.model.families import parse_architecture
+from reflectron.engine.model.hf_config import parse_architecture
+from reflectron.engine.training.flops import decoder_shape, training_cost
 from reflectron.tools import cli
 from reflectron.tools.bench.hf_baseline import attention_implementation
 from reflectron.tools.bench.train_batches import make_batch

@@ -18,6 +18,7 @@ from reflectron.engine.checkpoint.manifest import (
     DamagedCheckpoint,
     Manifest,
     check_file,
+    check_same_run,
     digest_file,
     read_manifest,
     write_manifest,
@@ -34,7 +35,6 @@ from reflectron.engine.checkpoint.retention import (
     steps_to_try,
     surplus,
 )
-from reflectron.engine.checkpoint.run_identity import check_same_run
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_another_run_is_refused_by_its_key() -> None:
 
 def test_rows_of_a_continued_run(tmp_path: Path) -> None:
     from reflectron.engine.config import Config, TrainConfig
-    from reflectron.engine.metrics import MetricsLog, read_rows
+    from reflectron.engine.training.metrics import MetricsLog, read_rows
 
     config = Config(output_dir=str(tmp_path), train=TrainConfig(tensorboard=False))
     lines = [json.dumps({"step": step, "loss": 0.1 * step}) + "\n" for step in range(1, 6)]
@@ -321,7 +321,7 @@ def test_rows_of_a_continued_run(tmp_path: Path) -> None:
 
 def test_damaged_rows_are_named_and_kept_aside(tmp_path: Path) -> None:
     from reflectron.engine.config import Config, TrainConfig
-    from reflectron.engine.metrics import MetricsLog, read_rows
+    from reflectron.engine.training.metrics import MetricsLog, read_rows
 
     config = Config(output_dir=str(tmp_path), train=TrainConfig(tensorboard=False))
     path = tmp_path / "metrics.jsonl"
@@ -338,7 +338,7 @@ def test_damaged_rows_are_named_and_kept_aside(tmp_path: Path) -> None:
 
 
 def test_a_run_is_drawn_whatever_its_rows_became(tmp_path: Path) -> None:
-    from reflectron.engine.metrics import read_rows
+    from reflectron.engine.training.metrics import read_rows
     from reflectron.tools.plot_run import plot_run
 
     damaged = ['{"step": 1}', '{"step": 2, "loss": "1"}', '{"step": 3, "kl": [1]}', '{"step": 4, "loss": NaN}']
@@ -353,16 +353,16 @@ def test_a_finished_run_has_its_export(damage: str, tmp_path: Path, monkeypatch:
     from types import SimpleNamespace
     from typing import Any, cast
 
-    from reflectron.engine.checkpoint import run_identity
     from reflectron.engine.config import Config
+    from reflectron.engine.training import run
 
-    monkeypatch.setattr(run_identity, "run_identity", lambda config, inputs: {"seed": 1})
+    monkeypatch.setattr(run, "run_identity", lambda config, inputs: {"seed": 1})
     config, inputs = Config(output_dir=str(tmp_path)), cast(Any, SimpleNamespace())
     export = tmp_path / "export"
     export.mkdir()
     (export / "model.safetensors").write_bytes(b"weights")
     (export / "config.json").write_text("{}", encoding="utf-8")
-    run_identity.mark_finished(config, {"seed": 1}, 6)
+    run.mark_finished(config, {"seed": 1}, 6)
     (export / "config.json").write_text('{"changed": "by the user"}', encoding="utf-8")
     if damage == "cut":
         (export / "model.safetensors").write_bytes(b"")
@@ -370,10 +370,10 @@ def test_a_finished_run_has_its_export(damage: str, tmp_path: Path, monkeypatch:
         export.rename(tmp_path / "elsewhere")
     elif damage != "none":
         (export / {"weights": "model.safetensors", "config": "config.json"}[damage]).unlink()
-    said = run_identity.look_into_folder(config, inputs)
+    said = run.look_into_folder(config, inputs)
     # Without a checkpoint nothing but a training could make it again, which nobody has asked for.
     assert said is not None
     assert ("no checkpoint is left" in said) == (damage != "none")
     (tmp_path / "checkpoints" / "step_00000006").mkdir(parents=True)
-    again = run_identity.look_into_folder(config, inputs)
+    again = run.look_into_folder(config, inputs)
     assert again is None if damage != "none" else again == said

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Message
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.data.tokenizer import TAGS
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reflectron.engine.checkpoint.dist_source import DistSource
-from reflectron.engine.checkpoint.dist_weights import write_weights
-from reflectron.engine.checkpoint.hf_stream import write_safetensors
-from reflectron.engine.checkpoint.hf_table import checkpoint_tensors
-from reflectron.engine.checkpoint.sources import RandomSource, SafetensorsSource
-from reflectron.engine.model.families import Architecture, parse_architecture
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.hf_config import parse_architecture
+from reflectron.engine.model.hf_mapping import checkpoint_tensors
+from reflectron.engine.weights.dist_reader import DistSource
+from reflectron.engine.weights.readers import RandomSource, SafetensorsSource
+from reflectron.engine.weights.writers import write_safetensors, write_weights
 from reflectron.tools import cli
 
 SIZES = {

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models
 
-from reflectron.engine.checkpoint.hf_folder import write_description
 from reflectron.engine.data.tokenizer import load_tokenizer
-from reflectron.engine.model.families import parse_architecture, read_hf_config
+from reflectron.engine.model.hf_config import parse_architecture, read_hf_config
+from reflectron.engine.model.inputs import ModelInputs
 from reflectron.engine.model.rope import attention_factor, inverse_frequencies
 from reflectron.engine.model.rope_parameters import RopeParameters
-from reflectron.engine.preparation import ModelInputs
+from reflectron.engine.weights.hf_folder import write_description
 
 SIZES: dict[str, Any] = {
     "model_type": "llama",

@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 
 from reflectron.engine.config import ParallelConfig
-from reflectron.engine.model.families import (
-    Architecture,
-    check_parallel,
-    layers_per_stage,
-    padded_vocab_size,
-    parse_architecture,
-    read_hf_config,
-)
+from reflectron.engine.model.architecture import Architecture, check_parallel, layers_per_stage, padded_vocab_size
+from reflectron.engine.model.hf_config import parse_architecture, read_hf_config
 from reflectron.engine.model.rope_parameters import RopeParameters
 
 CODELLAMA_7B: dict[str, Any] = {

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reflectron.engine.flops import DecoderShape, forward_cost, training_cost, training_flops
+from reflectron.engine.training.flops import DecoderShape, forward_cost, training_cost, training_flops
 
 SHAPE = DecoderShape(
     num_layers=3,

@@ -19,11 +19,10 @@ import pytest
 import torch
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, LossConfig, MaskConfig, ModelConfig
-from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches, assemble
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.packing import CostModel
-from reflectron.engine.data.sampler import SampleOrder
+from reflectron.engine.data.sampler import Draws, SampleOrder
 from reflectron.engine.data.store import TokenStore, build_store
 from reflectron.engine.data.tokenizer import load_tokenizer
 from reflectron.engine.data.views import SampleViews, make_views
@@ -232,10 +231,10 @@ def test_only_visible_tokens_enter_the_model(store: TokenStore, tmp_path: Path) 
 def count_entering_tokens(store: TokenStore) -> dict[str, Any]:
     """Tokens that pass the embedding, and that each layer's attention attends, in a forward of all samples by rate."""
     from reflectron.engine.model.attention import PackedCausalAttention
+    from reflectron.engine.model.inputs import read_model_inputs
     from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
-    from reflectron.engine.preparation import read_model_inputs
-    from reflectron.engine.train_step import forward_backward
-    from reflectron.engine.trainer import load_model
+    from reflectron.engine.training.build import load_model
+    from reflectron.engine.training.step import forward_backward
 
     config = make_config()
     groups = start_process_groups(config.parallel, config.seed)

@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from reflectron.engine.checkpoint import dist_metadata
-from reflectron.engine.checkpoint.dist_metadata import read_metadata
-from reflectron.engine.checkpoint.inert_pickle import ForeignPickle, Limits, Made, parse
-from reflectron.engine.checkpoint.torch_file import read_torch_file
+from reflectron.engine.weights import dist_metadata
+from reflectron.engine.weights.dist_metadata import read_metadata
+from reflectron.engine.weights.inert_pickle import ForeignPickle, Made, PickleLimits, parse
+from reflectron.engine.weights.torch_file import read_torch_file
 from reflectron.tools import cli
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -378,7 +378,7 @@ def test_a_hostile_model_is_refused_before_ranks_start(
     ids=["system", "BUILD on a class", "a list", "bare pickle", "empty", "text"],
 )
 def test_common_of_a_resumed_run(damage: bytes, dist: Path) -> None:
-    from reflectron.engine.checkpoint.dist_load import load_checkpoint
+    from reflectron.engine.checkpoint.storage import load_checkpoint
 
     folder = copy_of(dist)
     (folder / "common.pt").write_bytes(damage)
@@ -390,7 +390,7 @@ def test_common_of_a_resumed_run(damage: bytes, dist: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"sharded_backend": "zarr"}', '{"os": 1}', "[" * 100_000])
 def test_format_of_a_resumed_run(content: str, dist: Path) -> None:
-    from reflectron.engine.checkpoint.dist_load import load_checkpoint
+    from reflectron.engine.checkpoint.storage import load_checkpoint
 
     folder = copy_of(dist)
     (folder / "metadata.json").write_text(content)
@@ -438,18 +438,18 @@ def test_plain_data_is_what_torch_loads() -> None:
 
 def test_limits_hold_memory_down() -> None:
     with pytest.raises(ForeignPickle, match="more than 1000 objects"):
-        parse(b"\x80\x04" + b"]" * 2000, (), Limits(nodes=1000))
+        parse(b"\x80\x04" + b"]" * 2000, (), PickleLimits(nodes=1000))
     with pytest.raises(ForeignPickle, match="expected at most 10"):
-        parse(b"\x80\x04" + b"N" * 2000, (), Limits(bytes=10))
+        parse(b"\x80\x04" + b"N" * 2000, (), PickleLimits(bytes=10))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for content in bombs().values():
         with suppress(ForeignPickle):
-            parse(content, dist_metadata._NAMES, Limits())
+            parse(content, dist_metadata._NAMES, PickleLimits())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
 def test_an_inert_call_is_no_call() -> None:
-    node = parse(b"\x80\x04cos\nsystem\n" + text(MARK) + b"\x85R.", {"os.system"}, Limits())
+    node = parse(b"\x80\x04cos\nsystem\n" + text(MARK) + b"\x85R.", {"os.system"}, PickleLimits())
     assert isinstance(node, Made)
     assert (node.name, node.args) == ("os.system", (MARK,))
     assert not Path("escaped").exists()

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from reflectron.engine import backends
-from reflectron.engine.backends import CANDIDATES, Backends, Use, choose_backends
-from reflectron.engine.checkpoint.hf_table import _checkpoint_name, _layer_parameters, hf_pieces, name_without_fusion
 from reflectron.engine.config import BackendsConfig, BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from reflectron.engine.data.packing import packing_sizes
-from reflectron.engine.model.families import Architecture, parse_architecture
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.backends import choose
+from reflectron.engine.model.backends.choose import CANDIDATES, Backends, Use, choose_backends
+from reflectron.engine.model.hf_config import parse_architecture
+from reflectron.engine.model.hf_mapping import _checkpoint_name, _layer_parameters, hf_pieces, name_without_fusion
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP8 = Config(model=ModelConfig(fp8="delayed"))
@@ -46,12 +47,8 @@ def test_liger_on_the_cpu_is_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layers_are_run_before_they_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel")
-    from reflectron.engine.model import liger
-    from reflectron.engine.model.layer_check import (
-        LayerSizes,
-        liger_disagreement,
-        transformer_engine_disagreement,
-    )
+    from reflectron.engine.model.backends import liger
+    from reflectron.engine.model.backends.checks import LayerSizes, liger_disagreement, transformer_engine_disagreement
 
     device = CUDA if torch.cuda.is_available() else CPU
     sizes = LayerSizes(hidden=24, ffn=40, heads=6, groups=2, head_dim=16)
@@ -87,17 +84,17 @@ def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     def without_package(_distribution: str, module: str, _install: str, at_least: str = "0") -> str | None:
         return f"{module} {at_least}" if module == missing else None
 
-    monkeypatch.setattr(backends, "without_package", without_package)
+    monkeypatch.setattr(choose, "without_package", without_package)
 
 
 def test_transformer_engines_layers_add_to_float32_with_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     objection = CANDIDATES["weight_gradient"]["addmm"]
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cu128"))
-    monkeypatch.setattr(backends, "without_package", lambda *_, **__: None)
-    monkeypatch.setattr(backends, "transformer_engine_disagreement", lambda *_: None)
+    monkeypatch.setattr(choose, "without_package", lambda *_, **__: None)
+    monkeypatch.setattr(choose, "transformer_engine_disagreement", lambda *_: None)
     assert objection(Use(Config(), None, CUDA)) is None
     assert objection(Use(Config(backends=BackendsConfig(layers="liger")), None, CUDA)) is not None
-    monkeypatch.setattr(backends, "transformer_engine_disagreement", lambda *_: "fails")
+    monkeypatch.setattr(choose, "transformer_engine_disagreement", lambda *_: "fails")
     assert objection(Use(Config(), None, CUDA)) is not None
 
 
@@ -133,8 +130,8 @@ def test_fp8_is_refused_where_nothing_computes_it() -> None:
 
 def test_what_fp8_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked of transformer-engine's layers as if it were installed."""
-    monkeypatch.setattr(backends, "without_package", lambda *_, **__: None)
-    monkeypatch.setattr(backends, "transformer_engine_disagreement", lambda *_: None)
+    monkeypatch.setattr(choose, "without_package", lambda *_, **__: None)
+    monkeypatch.setattr(choose, "transformer_engine_disagreement", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     objection = CANDIDATES["layers"]["transformer_engine"]
     assert objection(Use(Config(), architecture(ffn=100), CUDA)) is None
@@ -202,7 +199,7 @@ def test_the_chosen_adamw_is_built_whatever_was_found_on_import(monkeypatch: pyt
     from megatron.core import optimizer as megatron_optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    from reflectron.engine.optimizer import _use_adamw
+    from reflectron.engine.optim.optimizer import _use_adamw
 
     for module, name, value in (
         (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),

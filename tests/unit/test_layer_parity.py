@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from reflectron.engine.backends import CANDIDATES
+from reflectron.engine.model.backends.choose import CANDIDATES
 from reflectron.tools.bench.layer_parity import LAYER_CASES, layer_parity
 
 PAIRS = [(case, backend) for case, (part, _) in LAYER_CASES.items() for backend in CANDIDATES[part]]

@@ -10,7 +10,7 @@ import torch
 from transformers import optimization
 
 from reflectron.engine.config import LrScheduleConfig
-from reflectron.engine.lr_schedule import learning_rate, warmup_steps
+from reflectron.engine.optim.optimizer import learning_rate, warmup_steps
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["lr_schedule"]
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from reflectron.engine.config import MaskConfig
-from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import mask_rate, visible_tokens
-from reflectron.engine.data.sampler import SampleRef, mask_draws
+from reflectron.engine.data.sampler import Draws, SampleRef, mask_draws
 from reflectron.engine.data.tokenization import TokenizedSample
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text(encoding="utf-8"))

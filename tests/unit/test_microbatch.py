@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from reflectron.engine.config import DataFile, LossConfig, MaskConfig
-from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.microbatch import Microbatch, pack, to_device
+from reflectron.engine.data.sampler import Draws
 from reflectron.engine.data.sources import read_records
 from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.tokenizer import load_tokenizer

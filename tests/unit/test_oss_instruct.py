@@ -13,7 +13,7 @@ import pytest
 from hostile_server import BEHAVIOURS, KEY, Behaviour, HostileServer, chat, response, sends
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.tools import cli
 from reflectron.tools.data.oss_rows import Cleaner, Row, Unusable, parse_answer
 from reflectron.tools.data.seeds import Seed, SeedFile, draw_seeds

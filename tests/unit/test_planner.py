@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from reflectron.engine.config import BackendsConfig, BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
-from reflectron.engine.model.families import Architecture, parse_architecture, read_hf_config
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.hf_config import parse_architecture, read_hf_config
 from reflectron.tools import cli, plan
 from reflectron.tools.load_config import load_config
 from reflectron.tools.planner import memory

@@ -17,7 +17,7 @@ import pytest
 import sentencepiece
 
 from reflectron.engine.data.conversation import Conversation
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.tokenizer import TAGS, Tokenizer, load_tokenizer
 

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data import byte_blocks, json_records
+from reflectron.engine.data import json_records
+from reflectron.engine.data import json_records as byte_blocks
 from reflectron.engine.data.conversation import BadRecord
 from reflectron.engine.data.sources import read_chunks, read_records, read_rows
 

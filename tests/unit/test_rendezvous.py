@@ -12,8 +12,8 @@ from dataclasses import asdict
 import psutil
 import pytest
 
+from reflectron.engine.parallel.judge import Note, Seal, note_text, read_note
 from reflectron.engine.parallel.launch import RUN_SECRET
-from reflectron.engine.parallel.notes import Note, Seal, note_text, read_note
 from reflectron.engine.parallel.rendezvous import connect_again, is_loopback, open_store
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reflectron.engine.config import Config, TrainConfig
-from reflectron.engine.metrics import MetricsLog, RowFile, read_rows
+from reflectron.engine.training.metrics import MetricsLog, RowFile, read_rows
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reflectron.engine.checkpoint import weights_identity as weights
-from reflectron.engine.checkpoint.run_identity import NOT_IDENTITY, _settings, check_same_run, run_identity
-from reflectron.engine.checkpoint.weights_identity import weights_identity
+from reflectron.engine.checkpoint.manifest import check_same_run
 from reflectron.engine.config import Config, DataConfig, DataFile
 from reflectron.engine.data.store import build_store
 from reflectron.engine.data.tokenization import PARSER_VERSION
-from reflectron.engine.preparation import prepare, run_length, sample_order
+from reflectron.engine.training.run import NOT_IDENTITY, _settings, prepare, run_identity, run_length, sample_order
+from reflectron.engine.weights import identity as weights
+from reflectron.engine.weights.identity import weights_identity
 from reflectron.tools.load_config import load_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -231,8 +231,8 @@ def test_two_writers_of_a_store_do_not_meet(tmp_path: Path) -> None:
 def test_a_device_or_a_pipe_among_the_weights_is_not_read(tmp_path: Path) -> None:
     import os
 
-    from reflectron.engine.checkpoint.weights_identity import weights_identity
-    from reflectron.engine.model.families import read_hf_config
+    from reflectron.engine.model.hf_config import read_hf_config
+    from reflectron.engine.weights.identity import weights_identity
 
     for name in (".metadata", "__0_0.distcp"):
         (tmp_path / name).write_bytes(b"content")

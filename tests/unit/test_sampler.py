@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from reflectron.engine.data.draws import Draws
-from reflectron.engine.data.sampler import SampleOrder, SampleRef, mask_draws
+from reflectron.engine.data.sampler import Draws, SampleOrder, SampleRef, mask_draws
 
 
 def make(repeat: Sequence[float], samples: Sequence[int], seed: int) -> SampleOrder:

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from reflectron.engine.spikes import SpikeDetector
+from reflectron.engine.training.diagnostics import SpikeDetector
 
 GENERATOR = random.Random(0)
 LOSSES = [2.0 - 0.001 * step + GENERATOR.gauss(0, 0.05) for step in range(400)]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reflectron.engine.checkpoint.dist_source import open_weights
-from reflectron.engine.checkpoint.hf_table import EMBEDDING, OUTPUT_LAYER, checkpoint_tensors
-from reflectron.engine.model.families import Architecture, parse_architecture
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.hf_config import parse_architecture
+from reflectron.engine.model.hf_mapping import EMBEDDING, OUTPUT_LAYER, checkpoint_tensors
+from reflectron.engine.weights.dist_reader import open_weights
 from reflectron.tools import cli
 
 SIZES = {

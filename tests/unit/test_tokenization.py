@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from reflectron.engine.data.conversation import BadRecord, Conversation
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.data.tokenization import TokenizedSample, render, tokenize
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Tokenizer, load_tokenizer
 

@@ -22,7 +22,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.data.tokenization import render
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, load_tokenizer
 

@@ -31,7 +31,7 @@ BETWEEN_RANKS |= {"send_object_list", "recv_object_list"}
 # (file, what it uses) -> why no file of a stranger runs code there
 ALLOWED = {
     (
-        "engine/checkpoint/dist_load.py",
+        "engine/checkpoint/storage.py",
         "dist_checkpointing.load",
     ): "planning only: all reading is done by readers of ours",
     ("engine/data/sources.py", "datasets.load_dataset"): "datasets 4 and later run no loading scripts",

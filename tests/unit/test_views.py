@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from reflectron.engine.config import DataFile, LossConfig, MaskConfig
-from reflectron.engine.data.draws import Draws
 from reflectron.engine.data.masking import visible_tokens
+from reflectron.engine.data.sampler import Draws
 from reflectron.engine.data.sources import read_records
 from reflectron.engine.data.tokenization import TokenizedSample, tokenize
 from reflectron.engine.data.tokenizer import load_tokenizer

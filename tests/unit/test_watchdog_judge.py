@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from reflectron.engine.parallel.judge import Judge, WatchdogLimits
-from reflectron.engine.parallel.notes import Note, Progress
+from reflectron.engine.parallel.judge import Judge, Note, Progress, WatchdogLimits
 
 HANG, SILENCE = 60.0, 10.0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reflectron.engine.checkpoint.sources import RandomSource, SafetensorsSource, TensorSource, WithAddedTokens
+from reflectron.engine.weights.readers import RandomSource, SafetensorsSource, TensorSource, WithAddedTokens
 
 EMBEDDING, PROJECTION = "model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"
 SHAPES = {EMBEDDING: (7, 4), PROJECTION: (4, 6), "model.norm.weight": (4,)}

@@ -13,7 +13,7 @@ import torch
 from reflectron.engine.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, ParallelConfig
 from reflectron.engine.data.tokenization import TokenizedSample
 from reflectron.engine.data.views import SampleViews, make_views
-from reflectron.engine.model.families import parse_architecture
+from reflectron.engine.model.hf_config import parse_architecture
 
 if TYPE_CHECKING:
     from reflectron.kernels.distill_head import Backend
@@ -47,7 +47,7 @@ def core_attention(
 ) -> Action:
     """Forward and backward of a pack of equal segments, laid out by token afterwards."""
     from reflectron.engine.data.microbatch import segments_of, to_device
-    from reflectron.engine.model.attention_kernels import AttentionShape, attention_kernel
+    from reflectron.engine.model.backends.attention_kernels import AttentionShape, attention_kernel
 
     shape = AttentionShape(
         num_attention_heads=heads,
@@ -121,7 +121,7 @@ def _torch_parts(dtype: torch.dtype) -> tuple[Callable[..., Any], ...]:
 
 
 def _liger_parts() -> tuple[Callable[..., Any], ...]:
-    from reflectron.engine.model import liger
+    from reflectron.engine.model.backends import liger
     from reflectron.engine.model.rope import cosines_and_sines
 
     def rotation_at(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -149,7 +149,7 @@ def summed_or_copied(device: torch.device, dtype: torch.dtype) -> dict[str, Call
 
 def update(adamw: str, device: torch.device, dtype: torch.dtype, count: int) -> Action:
     """What a step does to float32 gradients and parameters after the backward, and to the gradients before it."""
-    from reflectron.engine.optimizer import adamw_class
+    from reflectron.engine.optim.optimizer import adamw_class
 
     parameter = torch.nn.Parameter(torch.randn(count, device=device))
     parameter.grad = torch.randn(count, device=device)
@@ -218,15 +218,15 @@ def _tiny_step(clock: Clock, layers: int, microbatches: int) -> float:
     """Seconds of a step without parallelism, on every rank alike."""
     from megatron.core import parallel_state
 
-    from reflectron.engine.backends import PLAIN
     from reflectron.engine.data.global_batch import assemble
-    from reflectron.engine.flops import decoder_shape, training_cost
-    from reflectron.engine.loss import PackLoss
+    from reflectron.engine.model.backends.choose import PLAIN
     from reflectron.engine.model.gpt import build_chunks, transformer_config
     from reflectron.engine.model.parallelize import parallelize
-    from reflectron.engine.optimizer import build_optimizer
+    from reflectron.engine.optim.optimizer import build_optimizer
     from reflectron.engine.parallel.process_groups import model_parallel_groups
-    from reflectron.engine.train_step import train_step
+    from reflectron.engine.training.flops import decoder_shape, training_cost
+    from reflectron.engine.training.loss import PackLoss
+    from reflectron.engine.training.step import train_step
 
     arch = dataclasses.replace(TINY, num_layers=layers)
     config = Config(

@@ -107,7 +107,7 @@ class Clock:
 
 def measure(device: torch.device) -> dict[str, Any]:
     """All tables of ``planner.calibration``, and the host's seconds."""
-    from reflectron.engine.backends import choose_backends
+    from reflectron.engine.model.backends.choose import choose_backends
     from reflectron.tools.bench.calibration_model import host_seconds
 
     chosen: dict[str, Any] = choose_backends(Config(), None, device).names

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from reflectron.engine.backends import PLAIN
-from reflectron.engine.checkpoint.checkpointer import Checkpointer
-from reflectron.engine.checkpoint.distributed import load
-from reflectron.engine.checkpoint.hf import load_weights
+from reflectron.engine.checkpoint.checkpointer import Checkpointer, find_resume_point
 from reflectron.engine.checkpoint.manifest import SkippedSteps
-from reflectron.engine.checkpoint.resume import find_resume_point
 from reflectron.engine.checkpoint.retention import checkpoints_folder, step_folder
-from reflectron.engine.checkpoint.sources import RandomSource
+from reflectron.engine.checkpoint.storage import load
 from reflectron.engine.checkpoint.training_state import TrainingState
 from reflectron.engine.config import CheckpointConfig, Config, OptimizerConfig
-from reflectron.engine.model.families import Architecture, parse_architecture
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.backends.choose import PLAIN
 from reflectron.engine.model.gpt import build_chunks, transformer_config
+from reflectron.engine.model.hf_config import parse_architecture
 from reflectron.engine.model.parallelize import parallelize
-from reflectron.engine.optimizer import build_optimizer
+from reflectron.engine.optim.optimizer import build_optimizer
 from reflectron.engine.parallel.process_groups import ParallelGroups, start_process_groups, stop_process_groups
+from reflectron.engine.training.build import load_weights
+from reflectron.engine.weights.readers import RandomSource
 from reflectron.tools.bench.machine import machine
 
 DISTRIBUTIONS = ("reflectron", "torch", "megatron-core")

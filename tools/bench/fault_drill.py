@@ -105,7 +105,13 @@ def drill(folder: Path, config: str | None, overrides: list[str], *, kills: int,
     path = str(write_tiny_run(folder)) if config is None else config
     world_size = local_processes(load_config(path, overrides).parallel)
     # So that forked ranks have it already.
-    for name in ("tools.train", "tools.run_log", "tools.plot_run", "engine.trainer", "engine.parallel.process_groups"):
+    for name in (
+        "tools.train",
+        "tools.run_log",
+        "tools.plot_run",
+        "engine.training.trainer",
+        "engine.parallel.process_groups",
+    ):
         importlib.import_module(f"reflectron.{name}")
     began, generator, tally = time.monotonic(), random.Random(seed), Tally()
     reference = DrilledRun(folder / "reference", path, overrides, world_size)

@@ -169,7 +169,7 @@ def drill(folder: Path, *, freezes: int, seed: int) -> int:
     began = time.monotonic()
     path = write_tiny_run(folder)
     # So that forked ranks have it already.
-    for name in ("tools.train", "tools.run_log", "engine.trainer", "engine.parallel.process_groups"):
+    for name in ("tools.train", "tools.run_log", "engine.training.trainer", "engine.parallel.process_groups"):
         importlib.import_module(f"reflectron.{name}")
     state = _Drill(folder, random.Random(seed), str(path))
     reference = state.new_run("reference")

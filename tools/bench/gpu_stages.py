@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reflectron.engine.backends import PLAIN
+from reflectron.engine.model.backends.choose import PLAIN
 
 _CLI = "reflectron.tools.cli"
 # A step of bench train that fits a GPU's time: fewer samples and rounds than its defaults.

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy, kl_div
 from torch.profiler import record_function
 
-from reflectron.engine.checkpoint.sources import TensorSource
 from reflectron.engine.config import LossConfig, OptimizerConfig
 from reflectron.engine.data.views import IGNORED, SampleViews
 from reflectron.engine.parallel.process_groups import ParallelGroups
+from reflectron.engine.weights.readers import TensorSource
 
 
 @dataclass(frozen=True)

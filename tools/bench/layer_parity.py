@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from reflectron.engine.backends import CANDIDATES, Backends, Use
 from reflectron.engine.config import BackendsConfig, Config, ModelConfig
+from reflectron.engine.model.backends.choose import CANDIDATES, Backends, Use
 from reflectron.engine.parallel.cpu_backend import redirect_cuda_to_cpu
 from reflectron.tools.bench.parity import compared
 
@@ -182,7 +182,7 @@ def _rotation(dtype: torch.dtype, device: torch.device) -> LayerProblem:
 
     def solve(backend: str) -> Outcome:
         if backend == "liger":
-            from reflectron.engine.model import liger
+            from reflectron.engine.model.backends import liger
 
             table = cosines_and_sines(positions, frequencies)
             return _with_gradients(lambda q, k: liger.rotate(q, k, table), inputs, *gradients)
@@ -209,7 +209,7 @@ def _weight_gradient(dtype: torch.dtype, device: torch.device) -> LayerProblem:
         if backend == "torch":
             main_grad.add_(gradient.t().matmul(inputs))
         elif backend == "addmm":
-            from reflectron.engine.model.weight_gradient import AddmmExtension
+            from reflectron.engine.model.backends.weight_gradient import AddmmExtension
 
             AddmmExtension.wgrad_gemm_accum_fp32(inputs, gradient, main_grad)
         else:

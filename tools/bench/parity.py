@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from reflectron.engine.backends import CANDIDATES, Use, attention_shape
 from reflectron.engine.config import Config, ModelConfig, ParallelConfig
-from reflectron.engine.model.attention_check import attention_errors, attention_problem
-from reflectron.engine.model.attention_kernels import attention_kernel, sdpa
-from reflectron.engine.model.families import parse_architecture
+from reflectron.engine.model.backends.attention_kernels import attention_kernel, sdpa
+from reflectron.engine.model.backends.checks import attention_errors, attention_problem
+from reflectron.engine.model.backends.choose import CANDIDATES, Use, attention_shape
+from reflectron.engine.model.hf_config import parse_architecture
 
 MOST_OF_PLAIN = 1.2
 # Beside it, in units of the type's rounding: two kernels that round in another order differ by that.

@@ -12,8 +12,8 @@ from reflectron.engine.config import Config
 from reflectron.engine.data.global_batch import count_tokens
 from reflectron.engine.data.packing import CostModel
 from reflectron.engine.data.views import SampleViews
-from reflectron.engine.flops import training_flops
-from reflectron.engine.model.families import Architecture
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.training.flops import training_flops
 from reflectron.tools.bench.train_batches import Work
 from reflectron.tools.bench.train_shapes import gpu_of
 from reflectron.tools.planner.hardware import make_cluster

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from reflectron.engine.backends import choose_on_every_rank
-from reflectron.engine.checkpoint.hf import load_weights
-from reflectron.engine.checkpoint.sources import TensorSource
 from reflectron.engine.config import BackendsConfig, Config, LossConfig
 from reflectron.engine.data.global_batch import GlobalBatch
-from reflectron.engine.loss import PackLoss
-from reflectron.engine.model.families import Architecture, padded_vocab_size
+from reflectron.engine.model.architecture import Architecture, padded_vocab_size
+from reflectron.engine.model.backends.choose import choose_on_every_rank
 from reflectron.engine.model.gpt import build_chunks, transformer_config
 from reflectron.engine.model.parallelize import parallelize
-from reflectron.engine.optimizer import build_optimizer, shards_optimizer
+from reflectron.engine.optim.optimizer import build_optimizer, shards_optimizer
 from reflectron.engine.parallel.process_groups import ParallelGroups
-from reflectron.engine.train_step import train_step
+from reflectron.engine.training.build import load_weights
+from reflectron.engine.training.loss import PackLoss
+from reflectron.engine.training.step import train_step
+from reflectron.engine.weights.readers import TensorSource
 from reflectron.kernels.distill_head import Backend
 from reflectron.tools.bench.train_timing import Step
 

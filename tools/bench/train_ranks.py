@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from reflectron.engine.checkpoint.sources import RandomSource
 from reflectron.engine.data.tokenization import TokenizedSample
-from reflectron.engine.flops import decoder_shape, training_cost
-from reflectron.engine.model.families import parse_architecture
+from reflectron.engine.model.hf_config import parse_architecture
 from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
 from reflectron.engine.text import one_line
+from reflectron.engine.training.flops import decoder_shape, training_cost
+from reflectron.engine.weights.readers import RandomSource
 from reflectron.tools.bench.hf_baseline import HfReference, is_published_loss
 from reflectron.tools.bench.machine import machine
 from reflectron.tools.bench.rows import environment, installed_version

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from reflectron.engine.config import Config
-from reflectron.engine.model.families import Architecture, parse_architecture, read_hf_config
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.hf_config import parse_architecture, read_hf_config
 from reflectron.tools.planner.hardware import GPUS, Cluster, Gpu
 from reflectron.tools.planner.memory import FULLEST, element_bytes, layer_parameters, vocabulary_parameters
 from reflectron.tools.planner.predict import predict

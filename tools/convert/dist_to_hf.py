@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert; returns the exit code."""
     import torch
 
-    from reflectron.engine.checkpoint.hf_stream import write_safetensors
+    from reflectron.engine.weights.writers import write_safetensors
     from reflectron.tools.convert.model_folder import open_model_folder, write_model_folder
 
     model = open_model_folder(args.checkpoint)

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
 
     silence_upstream_warnings("cpu")
 
-    from reflectron.engine.checkpoint.dist_weights import write_weights
+    from reflectron.engine.weights.writers import write_weights
     from reflectron.tools.convert.model_folder import open_model_folder, write_model_folder
 
     model = open_model_folder(args.checkpoint)

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 
-from reflectron.engine.checkpoint.dist_metadata import METADATA_FILE
-from reflectron.engine.checkpoint.dist_source import DistSource, open_weights
-from reflectron.engine.checkpoint.hf_folder import write_description, write_json
-from reflectron.engine.checkpoint.hf_table import EMBEDDING, HfPiece, checkpoint_tensors
 from reflectron.engine.checkpoint.manifest import MANIFEST, check_file, read_manifest
-from reflectron.engine.checkpoint.sources import SafetensorsSource
 from reflectron.engine.data.tokenizer import Tokenizer, load_tokenizer
 from reflectron.engine.files import free_bytes, gib, remove, remove_temporaries, temporary_name
 from reflectron.engine.job_lock import take_lock
-from reflectron.engine.model.families import Architecture, parse_architecture, read_hf_config
-from reflectron.engine.preparation import ModelInputs, read_model_inputs
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.hf_config import parse_architecture, read_hf_config
+from reflectron.engine.model.hf_mapping import EMBEDDING, HfPiece, checkpoint_tensors
+from reflectron.engine.model.inputs import ModelInputs, read_model_inputs
+from reflectron.engine.weights.dist_metadata import METADATA_FILE
+from reflectron.engine.weights.dist_reader import DistSource, open_weights
+from reflectron.engine.weights.hf_folder import write_description, write_json
+from reflectron.engine.weights.readers import SafetensorsSource
 from reflectron.tools.load_config import config_from
 
 # What holds weights, in either format.

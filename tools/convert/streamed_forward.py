@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import torch
 
-from reflectron.engine.backends import PLAIN
-from reflectron.engine.checkpoint.hf_table import EMBEDDING, hf_pieces
-from reflectron.engine.checkpoint.sources import TensorSource
 from reflectron.engine.config import ParallelConfig
 from reflectron.engine.data.microbatch import segments_of, to_device
+from reflectron.engine.model.architecture import Architecture
 from reflectron.engine.model.attention import PackedRows
-from reflectron.engine.model.families import Architecture
+from reflectron.engine.model.backends.choose import PLAIN
 from reflectron.engine.model.gpt import PackedGPT, build_chunks, transformer_config
+from reflectron.engine.model.hf_mapping import EMBEDDING, hf_pieces
+from reflectron.engine.weights.readers import TensorSource
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from reflectron.engine.model.families import Architecture
+    from reflectron.engine.model.architecture import Architecture
     from reflectron.tools.convert.model_folder import ModelFolder
 
 _TEXT = '''def is_prime(n: int) -> bool:
@@ -149,8 +149,8 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 def _largest_logit_difference(first: ModelFolder, second: ModelFolder, token_ids: torch.Tensor) -> float:
     import os
 
-    from reflectron.engine.checkpoint.hf_table import EMBEDDING, OUTPUT_LAYER
     from reflectron.engine.config import ParallelConfig
+    from reflectron.engine.model.hf_mapping import EMBEDDING, OUTPUT_LAYER
     from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from reflectron.engine.data.conversation import BadRecord
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.tools.llm.fences import find_fences
 
 _PROBLEM = re.compile(r"^[^\w\n]*problem description[^\w\n]*$", re.IGNORECASE | re.MULTILINE)

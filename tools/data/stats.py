@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     """Count; returns the exit code."""
     from reflectron.engine.data.store import build_store
     from reflectron.engine.data.tokenizer import load_tokenizer
-    from reflectron.engine.preparation import check_budget, sample_order, store_folder
+    from reflectron.engine.training.run import check_budget, sample_order, store_folder
 
     for name, least in (("steps", 0), ("reference_batch_size", 1)):
         if getattr(args, name) < least:
@@ -212,7 +212,7 @@ def _step_stats(
     """Steps of the run, and the stats of those that are looked at."""
     from reflectron.engine.data.global_batch import GlobalBatches
     from reflectron.engine.data.packing import CostModel
-    from reflectron.engine.preparation import run_length
+    from reflectron.engine.training.run import run_length
 
     size = config.batch.global_batch_size
     total_steps, epochs = run_length(config, order)

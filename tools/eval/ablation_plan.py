@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reflectron.engine.config import Config
-from reflectron.engine.preparation import RunInputs, prepare
+from reflectron.engine.training.run import RunInputs, prepare
 from reflectron.tools.eval.token_budget import samples_of_run, steps_for_tokens, tokens_of_run
 from reflectron.tools.eval.variants import FULL, kinds_of_files, overrides_of
 from reflectron.tools.load_config import load_config

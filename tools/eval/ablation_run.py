@@ -50,7 +50,7 @@ def train(run: Run) -> None:
         ValueError: when the folder holds another run.
         RunFailed: when the run did not come to its end.
     """
-    from reflectron.engine.checkpoint.run_identity import look_into_folder
+    from reflectron.engine.training.run import look_into_folder
 
     if look_into_folder(run.config, run.inputs) is None:
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from reflectron.engine.config import Config
 
 if TYPE_CHECKING:
-    from reflectron.engine.trainer import Trainer
+    from reflectron.engine.training.trainer import Trainer
 
 # Less than the 30 minutes after which process groups give up at the earliest.
 _MOST_SECONDS = 25 * 60

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from reflectron.engine.choices import assert_never
+from typing_extensions import assert_never
+
 from reflectron.engine.files import is_stream, write_text
 from reflectron.tools.eval.functions import check_tests, judge_function
 from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, says_how_to_resume, tracked

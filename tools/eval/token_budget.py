@@ -21,7 +21,7 @@ _MOST_TRIALS = 8
 
 def samples_of_run(config: Config, store: TokenStore) -> int:
     """Samples that a run trains on, repeats counted."""
-    from reflectron.engine.preparation import run_length, sample_order
+    from reflectron.engine.training.run import run_length, sample_order
 
     order = sample_order(store, config.data.train, config.seed)
     steps, epochs = run_length(config, order)
@@ -30,7 +30,7 @@ def samples_of_run(config: Config, store: TokenStore) -> int:
 
 def tokens_of_run(config: Config, store: TokenStore) -> int:
     """Tokens that enter the model in a whole run."""
-    from reflectron.engine.preparation import run_length, sample_order
+    from reflectron.engine.training.run import run_length, sample_order
 
     order = sample_order(store, config.data.train, config.seed)
     return _tokens(config, store, order, *run_length(config, order))
@@ -38,7 +38,7 @@ def tokens_of_run(config: Config, store: TokenStore) -> int:
 
 def steps_for_tokens(config: Config, store: TokenStore, tokens: int) -> int:
     """Steps of the run whose tokens come nearest to ``tokens``, as far as a few trials find it."""
-    from reflectron.engine.preparation import run_length, sample_order
+    from reflectron.engine.training.run import run_length, sample_order
 
     order = sample_order(store, config.data.train, config.seed)
     counted: dict[int, int] = {}

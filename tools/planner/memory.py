@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reflectron.engine.config import Config, OptimizerConfig, ParallelConfig
-from reflectron.engine.model.families import Architecture, layers_per_stage, padded_vocab_size
+from reflectron.engine.model.architecture import Architecture, layers_per_stage, padded_vocab_size
 from reflectron.tools.planner.backends import Backends
 
 GIB = 2**30

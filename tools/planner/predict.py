@@ -13,7 +13,7 @@ import numpy as np
 
 from reflectron.engine.config import Config, ParallelConfig
 from reflectron.engine.data.views import SampleViews
-from reflectron.engine.model.families import Architecture, check_parallel, layers_per_stage
+from reflectron.engine.model.architecture import Architecture, check_parallel, layers_per_stage
 from reflectron.tools.planner.backends import planned_backends
 from reflectron.tools.planner.hardware import Cluster
 from reflectron.tools.planner.memory import RankMemory, rank_memory, stages_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from reflectron.engine.config import Config, ParallelConfig
 from reflectron.engine.data.packing import microbatch_multiple, packing_sizes
-from reflectron.engine.model.families import Architecture, check_parallel
+from reflectron.engine.model.architecture import Architecture, check_parallel
 from reflectron.tools.planner.backends import planned_backends
 from reflectron.tools.planner.hardware import Cluster
 from reflectron.tools.planner.memory import FULLEST, GIB, RankMemory, rank_memory, stages_of

@@ -15,8 +15,8 @@ import numpy as np
 
 from reflectron.engine.config import Config
 from reflectron.engine.data.packing import microbatch_multiple, packing_sizes, plan_packs
-from reflectron.engine.flops import decoder_shape, forward_cost, training_cost, training_flops
-from reflectron.engine.model.families import Architecture
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.training.flops import decoder_shape, forward_cost, training_cost, training_flops
 from reflectron.tools.planner.backends import Backends, planned_backends
 from reflectron.tools.planner.hardware import Cluster
 from reflectron.tools.planner.memory import (

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from reflectron.engine.choices import assert_never
+from typing_extensions import assert_never
+
 from reflectron.tools.sandbox import wall
 from reflectron.tools.sandbox.home import home, sandbox_folder
 from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind

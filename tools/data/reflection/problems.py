@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.engine.data.sources import Record, read_records
 from reflectron.engine.data.tokenizer import TAGS
 from reflectron.tools.data.corpus import require_unicode

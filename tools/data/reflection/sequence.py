@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reflectron.engine.data.conversation import BadRecord, Block
-from reflectron.engine.data.schemas import parse_record
+from reflectron.engine.data.records import parse_record
 from reflectron.tools.data.corpus import require_unicode
 from reflectron.tools.data.reflection.dialogue import Dialogue, Problem, Unusable
 from reflectron.tools.data.reflection.executions import Interpreters, Session
