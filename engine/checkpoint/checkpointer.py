@@ -290,11 +290,11 @@ class Checkpointer:
 def parallel_layout(groups: ParallelGroups, chunks: int) -> dict[str, int]:
     """The sizes that place a rank's tensors; ``chunks`` is how many the interleaved pipeline gives each stage."""
     return {
-        "tensor_model_parallel_size": groups.tensor.size(),
-        "pipeline_model_parallel_size": groups.pipeline.size(),
+        "tensor_model_parallel_size": groups.tp.size(),
+        "pipeline_model_parallel_size": groups.pp.size(),
         "virtual_pipeline_model_parallel_size": chunks,
-        "context_parallel_size": groups.context.size(),
-        "data_parallel_size": groups.data.size(),
+        "context_parallel_size": groups.cp.size(),
+        "data_parallel_size": groups.dp.size(),
     }
 
 

@@ -66,7 +66,7 @@ class TrainingState:
             gather_parameters(self._part.model_chunks)
         if not loading:
             self._begin_optimizer()
-        metadata = CONTENT | {"dp_cp_group": self.groups.replicas}
+        metadata = CONTENT | {"dp_cp_group": self.groups.dp_cp}
         model = {
             _key(index): _without_states_of_norms(chunk.sharded_state_dict(metadata=metadata))
             for index, chunk in enumerate(self.chunks)
@@ -230,7 +230,7 @@ class TrainingState:
         if not isinstance(inner, Adafactor):
             return
         tied = tied_copy(self.chunks, self.arch)
-        for parameter, pieces in hf_pieces(self.chunks, self.arch, self.groups.tensor.size()):
+        for parameter, pieces in hf_pieces(self.chunks, self.arch, self.groups.tp.size()):
             state = inner.state[getattr(parameter, "main_param", parameter)]
             copy = int(parameter is tied)
             for piece in pieces:
@@ -261,7 +261,7 @@ class _AverageShare:
             return self.local
         whole = self.local.new_zeros(self.length)
         whole[self.rows] = self.local
-        dist.all_reduce(whole, group=groups.tensor)
+        dist.all_reduce(whole, group=groups.tp)
         return whole
 
 
@@ -269,16 +269,16 @@ def _average_share(
     piece: HfPiece, average: str, local: torch.Tensor, local_numel: int, copy: int, groups: ParallelGroups
 ) -> _AverageShare:
     dim = _AVERAGE_DIM[average]
-    split = piece.shard_dim == dim and groups.tensor.size() > 1
+    split = piece.shard_dim == dim and groups.tp.size() > 1
     # A padded vocabulary gives each rank more rows than its share of the tensor's.
-    start = groups.tensor.rank() * (local_numel * piece.shape[dim] // math.prod(piece.shape)) if split else 0
+    start = groups.tp.rank() * (local_numel * piece.shape[dim] // math.prod(piece.shape)) if split else 0
     return _AverageShare(
         key=f"optimizer.state.{average}.{piece.name}",
         local=local,
         length=piece.shape[dim],
         rows=slice(start, start + len(local)),
         split=split,
-        replica_id=(copy, groups.tensor.rank(), groups.replicas.rank()),
+        replica_id=(copy, groups.tp.rank(), groups.dp_cp.rank()),
     )
 
 

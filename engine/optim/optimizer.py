@@ -165,7 +165,7 @@ def _build_adafactor(
     arch: Architecture,
     groups: ParallelGroups,
 ) -> MegatronOptimizer:
-    members = list(hf_pieces(chunks, arch, groups.tensor.size()))
+    members = list(hf_pieces(chunks, arch, groups.tp.size()))
     # Matrices decay, norms and biases do not; megatron-core's name for the share is wd_mult.
     parts = [[entry for entry in members if (entry[0].dim() > 1) == decays] for decays in (True, False)]
     base = Adafactor(
@@ -175,7 +175,7 @@ def _build_adafactor(
         decay_rate=config.adafactor_decay_rate,
         clip_threshold=config.adafactor_clip_threshold,
         weight_decay=config.weight_decay,
-        tensor_group=groups.tensor,
+        tensor_group=groups.tp,
     )
     if chunks[0].config.bf16:
         optimizer: MegatronOptimizer = Float16OptimizerWithFloat16Params(base, megatron_config, None, lambda _: None)
@@ -183,7 +183,7 @@ def _build_adafactor(
         optimizer = FP32Optimizer(base, megatron_config, lambda _: None)
     # What get_megatron_optimizer sets on the optimizers that it builds (megatron-core 0.16.1).
     optimizer.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
-    optimizer.tp_group = groups.tensor
+    optimizer.tp_group = groups.tp
     optimizer.model_chunks = list(chunks)
     return optimizer
 

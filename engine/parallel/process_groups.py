@@ -28,19 +28,19 @@ from reflectron.engine.text import printable
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """The process groups of this rank and its place in them."""
+    """The process groups of this rank, named as megatron-core names them, and its place in them."""
 
     device: torch.device
     """Where this rank's tensors live."""
-    tensor: dist.ProcessGroup
+    tp: dist.ProcessGroup
     """Ranks that share this rank's layers and samples."""
-    context: dist.ProcessGroup
+    cp: dist.ProcessGroup
     """Ranks that share the tokens of this rank's packs, with the same parameters."""
-    data: dist.ProcessGroup
-    """Ranks with the same parameters and the same place in ``context`` that train on other packs."""
-    replicas: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    """Ranks with the same parameters and the same place in ``cp`` that train on other packs."""
+    dp_cp: dist.ProcessGroup
     """All ranks with the same parameters: over them gradients are summed and optimizer state is sharded."""
-    pipeline: dist.ProcessGroup
+    pp: dist.ProcessGroup
     """Stages of one replica."""
     hosts: dist.ProcessGroup
     """All ranks, over gloo: for what hosts agree on without waiting for their devices."""
@@ -155,11 +155,11 @@ def model_parallel_groups(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ParallelGroups(
         device=device,
-        tensor=parallel_state.get_tensor_model_parallel_group(),
-        context=parallel_state.get_context_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
-        replicas=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
         hosts=hosts,
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )

@@ -25,7 +25,7 @@ def load_weights(chunks: Sequence[PackedGPT], arch: Architecture, source: Tensor
     Raises:
         ValueError: naming a tensor that is missing or has another shape.
     """
-    rank, size = groups.tensor.rank(), groups.tensor.size()
+    rank, size = groups.tp.rank(), groups.tp.size()
     with torch.no_grad():
         for parameter, pieces in hf_pieces(chunks, arch, size):
             for piece in pieces:
@@ -66,7 +66,7 @@ def load_model(
     vocab = padded_vocab_size(
         arch.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
     )
-    loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, parallel.sequence_parallel)
+    loss = PackLoss(config.loss, arch.vocab_size, groups.tp, groups.cp, parallel.sequence_parallel)
     model_config = transformer_config(arch, parallel, dtype, backends, config.model.fp8)
     chunks = build_chunks(arch, model_config, vocab, loss, backends)
     if with_weights:

@@ -94,7 +94,7 @@ def find_nonfinite(
     ]
     findings = [Finding(rank=rank, weights=_not_finite(parameters))]
     # The interleaved schedule runs no fewer microbatches than there are stages.
-    copies = groups.pipeline.size() if len(chunks) > 1 else 1
+    copies = groups.pp.size() if len(chunks) > 1 else 1
     for microbatch, samples in zip(batch.microbatches, batch.members, strict=True):
         with _watched_outputs(chunks) as outputs, _gradients_of_this_rank(wrapped):
             sums = forward_backward(wrapped, groups, replace(batch, microbatches=(microbatch,) * copies))

@@ -169,7 +169,7 @@ def _sums_of_this_rank(sums: torch.Tensor, groups: ParallelGroups) -> torch.Tens
     mine = sums.sum(dim=0).double()
     # All tensor-parallel ranks of a last stage hold the same sums, so one of them speaks; context-parallel ranks hold
     # those of their own rows.
-    if not groups.is_last_stage or groups.tensor.rank() != 0:
+    if not groups.is_last_stage or groups.tp.rank() != 0:
         mine = torch.zeros_like(mine)
     return mine
 
@@ -191,8 +191,8 @@ def validate(
         make_views(sample, visible_tokens(sample, config.mask, 1.0, drawn))
         for sample, drawn in zip(samples, draws, strict=True)
     ]
-    whole = assemble(views, config, cost, 1.0, groups.data.rank(), groups.data.size())
-    batch = share_of_batch(whole, groups.context.rank(), groups.context.size())
+    whole = assemble(views, config, cost, 1.0, groups.dp.rank(), groups.dp.size())
+    batch = share_of_batch(whole, groups.cp.rank(), groups.cp.size())
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():

@@ -106,10 +106,10 @@ class Trainer:
             self.cost,
             total_steps=self.total_steps,
             epochs=epochs,
-            data_parallel_rank=groups.data.rank(),
-            data_parallel_size=groups.data.size(),
-            context_parallel_rank=groups.context.rank(),
-            context_parallel_size=groups.context.size(),
+            data_parallel_rank=groups.dp.rank(),
+            data_parallel_size=groups.dp.size(),
+            context_parallel_rank=groups.cp.rank(),
+            context_parallel_size=groups.cp.size(),
         )
 
     @property

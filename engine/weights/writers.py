@@ -79,14 +79,14 @@ from reflectron.engine.weights.readers import SAFETENSORS_DTYPES, TensorSource, 
 
 def gather_piece(local: torch.Tensor, piece: HfPiece, groups: ParallelGroups) -> torch.Tensor:
     """The whole Hugging Face tensor from every rank's share, the same on all tensor-parallel ranks."""
-    size = groups.tensor.size()
+    size = groups.tp.size()
     if piece.shard_dim is None:
         return local
     shape = list(piece.shape)
     shape[piece.shard_dim] = local.numel() * shape[piece.shard_dim] // _numel(piece.shape)
     shard = local.reshape(shape).contiguous()
     shards = [torch.empty_like(shard) for _ in range(size)]
-    dist.all_gather(shards, shard, group=groups.tensor)
+    dist.all_gather(shards, shard, group=groups.tp)
     return torch.cat(shards, dim=piece.shard_dim).narrow(piece.shard_dim, 0, piece.shape[piece.shard_dim])
 
 
@@ -106,16 +106,16 @@ def export_weights(
     copy = tied_copy(chunks, arch)
     pieces = [
         (parameter, piece)
-        for parameter, members in hf_pieces(chunks, arch, groups.tensor.size())
+        for parameter, members in hf_pieces(chunks, arch, groups.tp.size())
         for piece in members
         if parameter is not copy
     ]
     mine = plan_files([(piece.name, _bytes(parameter, piece)) for parameter, piece in pieces], max_file_bytes)
-    plans: list[ExportFiles] = [mine] * groups.pipeline.size()
-    dist.all_gather_object(plans, mine, group=groups.pipeline)
-    first = sum(len(plan.names) for plan in plans[: groups.pipeline.rank()])
+    plans: list[ExportFiles] = [mine] * groups.pp.size()
+    dist.all_gather_object(plans, mine, group=groups.pp)
+    first = sum(len(plan.names) for plan in plans[: groups.pp.rank()])
     total = sum(len(plan.names) for plan in plans)
-    writes = groups.replicas.rank() == 0 and groups.tensor.rank() == 0
+    writes = groups.dp_cp.rank() == 0 and groups.tp.rank() == 0
     by_name = {piece.name: (parameter, piece) for parameter, piece in pieces}
     error = ""
     for index, names in enumerate(mine.names):

@@ -82,8 +82,8 @@ def golden_batch(config: Config, inputs: ModelInputs, groups: ParallelGroups) ->
     ]
     views = [make_views(s, visible_tokens(s, config.mask, 0.5, Draws(0, i))) for i, s in enumerate(samples)]
     cost = training_cost(decoder_shape(inputs.arch, config), "none")
-    whole = assemble(views, config, cost, 0.5, groups.data.rank(), groups.data.size())
-    return share_of_batch(whole, groups.context.rank(), groups.context.size())
+    whole = assemble(views, config, cost, 0.5, groups.dp.rank(), groups.dp.size())
+    return share_of_batch(whole, groups.cp.rank(), groups.cp.size())
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,10 @@ def packed_logits(
 
     def logits(hidden_states: torch.Tensor, weight: torch.Tensor, context: None) -> torch.Tensor:
         if parallel.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=groups.tensor)
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=groups.tp)
         shard = hidden_states.squeeze(1) @ weight.T
-        shards = [torch.empty_like(shard) for _ in range(groups.tensor.size())]
-        dist.all_gather(shards, shard, group=groups.tensor)
+        shards = [torch.empty_like(shard) for _ in range(groups.tp.size())]
+        dist.all_gather(shards, shard, group=groups.tp)
         return torch.cat(shards, dim=1)[:, : inputs.arch.vocab_size]
 
     model.output_processor = logits

@@ -105,10 +105,10 @@ def golden_views(model: str) -> list[SampleViews]:
 def global_batch(job: Job, config: Config, inputs: ModelInputs, groups: ParallelGroups) -> GlobalBatch:
     views = golden_views(job["model"])[: job["layout"].get("samples", len(SAMPLES))]
     cost = training_cost(decoder_shape(inputs.arch, config), "none")
-    batch = assemble(views, config, cost, 0.5, groups.data.rank(), groups.data.size())
+    batch = assemble(views, config, cost, 0.5, groups.dp.rank(), groups.dp.size())
     if job["layout"].get("unpacked"):
         return dataclasses.replace(batch, microbatches=one_by_one(views, config.loss))
-    return share_of_batch(batch, groups.context.rank(), groups.context.size())
+    return share_of_batch(batch, groups.cp.rank(), groups.cp.size())
 
 
 def one_by_one(views: list[SampleViews], loss: LossConfig) -> tuple[Microbatch, ...]:
@@ -145,7 +145,7 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         terms = reduce_terms(forward_backward(wrapped, groups, batch), batch, groups)
-    save_pieces(chunks, "main_grad", inputs, groups, out / f"gradient_{groups.pipeline.rank()}.safetensors")
+    save_pieces(chunks, "main_grad", inputs, groups, out / f"gradient_{groups.pp.rank()}.safetensors")
 
     chunks = load_model(config, inputs, groups, torch.float32, backends)
     wrapped = parallelize(chunks, config.parallel, shard_optimizer=True)
@@ -156,7 +156,7 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
         # Reading the weights brings them up to date, which is the next forward's task.
         if job["saves_every_step"] or step == job["steps"]:
             gather_parameters(wrapped)
-            save_pieces(chunks, "data", inputs, groups, out / f"weights_{step}_{groups.pipeline.rank()}.safetensors")
+            save_pieces(chunks, "data", inputs, groups, out / f"weights_{step}_{groups.pp.rank()}.safetensors")
     assert validated == terms, "a forward alone takes the same way"
     if groups.is_main:
         computed = {name: count / job["steps"] / len(batch.microbatches) for name, count in calls.items()}
@@ -186,10 +186,10 @@ def save_pieces(
     """Write the whole Hugging Face tensors of this stage, of its parameters or of what hangs on them."""
     tensors = {
         piece.name: gather_piece(piece.view(getattr(parameter, attribute)), piece, groups).clone().contiguous()
-        for parameter, pieces in hf_pieces(chunks, inputs.arch, groups.tensor.size())
+        for parameter, pieces in hf_pieces(chunks, inputs.arch, groups.tp.size())
         for piece in pieces
     }
-    if groups.replicas.rank() == 0 and groups.tensor.rank() == 0:
+    if groups.dp_cp.rank() == 0 and groups.tp.rank() == 0:
         save_file(tensors, file)
 
 

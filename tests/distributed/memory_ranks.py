@@ -90,12 +90,12 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
         "optimizer": sum(t.nbytes for t in (*masters, *states) if t.dim()),
         "saved": saved.peak,
     }
-    stage = memory.stages_of(inputs.arch, config.parallel)[groups.pipeline.rank()]
+    stage = memory.stages_of(inputs.arch, config.parallel)[groups.pp.rank()]
     rows = max(len(m.loss_rows.index) + 2 * len(m.loss_rows.teacher_index) for m in batch.microbatches)
     sizes = {"sequence_length": batch.sequence_length, "rows": rows * config.parallel.context_parallel_size}
     backends = STACKS["plain"]
     planned = memory.rank_memory(
-        inputs.arch, config, backends, stage, replicas=groups.data.size(), microbatches=len(batch.microbatches), **sizes
+        inputs.arch, config, backends, stage, replicas=groups.dp.size(), microbatches=len(batch.microbatches), **sizes
     )
     layer = memory.layer_activations(inputs.arch, config, backends, batch.sequence_length)
     again = layer.everything - layer.kept(config.parallel)

@@ -39,8 +39,8 @@ def main(out: Path) -> None:
     for step, learning_rate in enumerate(RUN["lr_used"]):
         recorded = RUN["collated"][ACCUMULATED * step : ACCUMULATED * (step + 1)]
         views = [views_at(samples[name], *(one["mask_rates"] or [0.0])) for one in recorded for name in one["samples"]]
-        whole = assemble(views, config, cost, 0.0, groups.data.rank(), groups.data.size())
-        batch = share_of_batch(whole, groups.context.rank(), groups.context.size())
+        whole = assemble(views, config, cost, 0.0, groups.dp.rank(), groups.dp.size())
+        batch = share_of_batch(whole, groups.cp.rank(), groups.cp.size())
         result = train_step(training.wrapped, training.optimizer, groups, batch, learning_rate)
         steps.append([result.terms.loss, result.grad_norm])
     if groups.is_main:

@@ -47,7 +47,7 @@ class Place:
 
 
 def groups(rank: int = 0, replicas: int = 1) -> Any:
-    return SimpleNamespace(data=Place(rank, replicas), context=Place(), device=torch.device("cpu"))
+    return SimpleNamespace(dp=Place(rank, replicas), cp=Place(), device=torch.device("cpu"))
 
 
 def tensors(rows: Any) -> dict[str, torch.Tensor]:

@@ -142,7 +142,7 @@ from reflectron.engine.parallel.process_groups import start_process_groups, stop
 groups = start_process_groups(ParallelConfig(device="cpu", tensor_model_parallel_size=2), 1)
 groups.barrier()
 found = [c.laddr.ip for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
-open(f"{sys.argv[1]}/{groups.tensor.rank()}", "w").write(" ".join(found))
+open(f"{sys.argv[1]}/{groups.tp.rank()}", "w").write(" ".join(found))
 stop_process_groups()
 """
 

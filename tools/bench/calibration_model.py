@@ -238,7 +238,7 @@ def _tiny_step(clock: Clock, layers: int, microbatches: int) -> float:
     )
     groups = model_parallel_groups(config.parallel, clock.device, seed=1)
     dtype = getattr(torch, config.model.dtype)
-    loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, False)
+    loss = PackLoss(config.loss, arch.vocab_size, groups.tp, groups.cp, False)
     chunks = build_chunks(arch, transformer_config(arch, config.parallel, dtype, PLAIN), arch.vocab_size, loss, PLAIN)
     for parameter in chunks[0].parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -247,8 +247,8 @@ def _tiny_step(clock: Clock, layers: int, microbatches: int) -> float:
     # One instruction and one reflection sample a microbatch.
     views = made_up_views([24] * 2 * microbatches, arch.vocab_size)
     cost = training_cost(decoder_shape(arch, config), "none")
-    ranks = groups.data.size()
-    batch = assemble(list(views) * ranks, config, cost, 0.5, groups.data.rank(), ranks)
+    ranks = groups.dp.size()
+    batch = assemble(list(views) * ranks, config, cost, 0.5, groups.dp.rank(), ranks)
     assert len(batch.microbatches) == microbatches
     seconds = clock.seconds(lambda: train_step(wrapped, optimizer, groups, batch, 1e-5), least=0.2)
     parallel_state.destroy_model_parallel()

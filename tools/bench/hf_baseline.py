@@ -65,7 +65,7 @@ class HfReference:
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        if groups.data.size() != dist.get_world_size():
+        if groups.dp.size() != dist.get_world_size():
             raise ValueError("the reference's way has neither tensor, pipeline nor context parallelism")
         self.groups, self.optimizer_config = groups, optimizer
         self.attention = attention_implementation(groups.device)
@@ -88,7 +88,7 @@ class HfReference:
 
     def samples(self, views: Sequence[SampleViews]) -> list[Sample]:
         """This rank's share of a global batch."""
-        return [_to_sample(v, self.groups.device) for v in views[self.groups.data.rank() :: self.groups.data.size()]]
+        return [_to_sample(v, self.groups.device) for v in views[self.groups.dp.rank() :: self.groups.dp.size()]]
 
     def step(self, samples: Sequence[Sample], global_batch_size: int) -> tuple[float, float]:
         """One optimizer step; loss of the global batch, and L2 norm of its gradient before clipping."""
@@ -98,10 +98,10 @@ class HfReference:
             loss.backward()
             total += loss.detach()
         parameters = list(self.model.parameters())
-        if self.groups.data.size() > 1:
-            dist.all_reduce(total, group=self.groups.data)
+        if self.groups.dp.size() > 1:
+            dist.all_reduce(total, group=self.groups.dp)
             for parameter in parameters:
-                dist.all_reduce(parameter.grad, group=self.groups.data)
+                dist.all_reduce(parameter.grad, group=self.groups.dp)
         limit = self.optimizer_config.clip_grad_norm or torch.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         self.optimizer.step()

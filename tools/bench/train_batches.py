@@ -40,7 +40,7 @@ def make_batch(
     views: Sequence[SampleViews], layout: Layout, rate: float, config: Config, cost: CostModel, groups: ParallelGroups
 ) -> tuple[GlobalBatch, Work]:
     """This rank's microbatches, page-locked for CUDA, and the work of all ranks."""
-    rank, replicas = groups.data.rank(), groups.data.size()
+    rank, replicas = groups.dp.rank(), groups.dp.size()
     weights = row_weights(views, config.loss)
     listed = list(views)
     if layout == "hidden_kept":
@@ -55,7 +55,7 @@ def make_batch(
         mine = tuple(pack([listed[i]], [weights[i]], lengths[i]) for i in order[rank::replicas])
         batch = replace(batch, microbatches=mine, sequence_length=max(lengths))
         work = Work(sum(lengths), len(lengths), max(lengths))
-    batch = share_of_batch(batch, groups.context.rank(), groups.context.size())
+    batch = share_of_batch(batch, groups.cp.rank(), groups.cp.size())
     if groups.device.type == "cuda":
         batch = replace(batch, microbatches=tuple(map(page_locked, batch.microbatches)))
     return batch, work

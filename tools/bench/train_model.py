@@ -44,7 +44,7 @@ class EngineModel:
             arch.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
         )
         self.config, self.groups = config, groups
-        self.loss = PackLoss(config.loss, arch.vocab_size, groups.tensor, groups.context, parallel.sequence_parallel)
+        self.loss = PackLoss(config.loss, arch.vocab_size, groups.tp, groups.cp, parallel.sequence_parallel)
         chosen = choose_on_every_rank(config, arch, groups.device)
         dtype = getattr(torch, config.model.dtype)
         transformer = transformer_config(arch, parallel, dtype, chosen, config.model.fp8)
