@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from reflectron.engine.config import Config
-from reflectron.engine.data.global_batch import SampleId
+from reflectron.engine.data.batch_source import SampleId
 from reflectron.engine.files import write_text
 from reflectron.engine.terminal import console
 from reflectron.engine.training.diagnostics import Finding, Spike, SpikeDetector

@@ -1,10 +1,10 @@
-"""A whole pack in; out comes the share of one of the context-parallel ranks that compute it together.
+"""The share of a pack that one of the context-parallel ranks which compute it together holds.
 
 Every segment is cut into 2 C chunks, of which rank r holds the r-th and the r-th from the end. Early tokens attend to
 few others and late ones to many, so that each rank has the same share of the attention of every segment (zigzag, as
 megatron-core cuts rows that hold one sample; Llama 3, arXiv 2407.21783, section 3.3.2). Chunks of a segment differ in
 length by a token where it cannot be divided, and still every rank holds T / C tokens: nothing is padded but the pack.
-Rows that bear a loss are shared out by number, pairs in one piece, wherever their tokens are.
+Loss tokens are shared out by number, pairs in one piece, wherever the tokens are.
 
 T tokens of a pack, C context-parallel ranks.
 """
@@ -12,28 +12,19 @@ T tokens of a pack, C context-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from reflectron.engine.data.microbatch import LossRows, Microbatch, RowExchange, segments_of
+from reflectron.engine.data.microbatch import LossRows, Microbatch, RowExchange, RowField, row_fields, segments_of
 
-_OF_PAIRS = (
-    "teacher_index",
-    "student_index",
-    "teacher_labels",
-    "student_labels",
-    "ce_teacher_weight",
-    "ce_student_weight",
-    "kl_weight",
-)
-_UNPAIRED = ("index", "labels", "ce_weight")
+_ROW_FIELDS = row_fields()
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TokenRun:
     """Consecutive tokens of a segment, by their places in the pack."""
 
     segment_start: int
@@ -46,7 +37,7 @@ class Chunk:
 class RankTokens:
     """Tokens of a pack that one rank holds, in its order."""
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[TokenRun, ...]
     """Ascending; then comes the rank's share of the padding."""
     places: np.ndarray
     """int64 [T / C], places in the pack."""
@@ -65,7 +56,7 @@ def split_tokens(segment_lengths: Sequence[int], sequence_length: int, size: int
     if used < size:
         # A rank without a token would take no part in the attention's collectives: here padding counts as a segment.
         segment_lengths, used = [*segment_lengths, sequence_length - used], sequence_length
-    chunks: list[list[Chunk]] = [[] for _ in range(size)]
+    chunks: list[list[TokenRun]] = [[] for _ in range(size)]
     holders = [*range(size), *reversed(range(size))]
     start = 0
     for number, length in enumerate(segment_lengths):
@@ -77,7 +68,7 @@ def split_tokens(segment_lengths: Sequence[int], sequence_length: int, size: int
         ends = start + np.cumsum(lengths)
         for rank, count, end in zip(holders, lengths.tolist(), ends.tolist(), strict=True):
             if count:
-                chunks[rank].append(Chunk(start, end - count, end))
+                chunks[rank].append(TokenRun(start, end - count, end))
         start += length
     padding = np.arange(used, sequence_length)
     return tuple(
@@ -120,29 +111,30 @@ def share_of_pack(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
 def _share_of_rows(rows: LossRows, gathered_place: np.ndarray, rank: int, size: int) -> LossRows:
     """The rank's part of the pairs and of the unpaired rows, and which hidden states travel for it."""
     per_rank = len(gathered_place) // size
-    pairs, unpaired = (_parts(len(index), size) for index in (rows.teacher_index, rows.index))
-    wanted = [
-        # Sorted, which is the order in which they arrive: by sender.
-        np.unique(
-            gathered_place[np.concatenate([rows.teacher_index[pair], rows.student_index[pair], rows.index[single]])]
-        )
-        for pair, single in zip(pairs, unpaired, strict=True)
-    ]
-    sent = [places[places // per_rank == rank] - rank * per_rank for places in wanted]
-    single = unpaired[rank]
-    mine = {name: getattr(rows, name)[pairs[rank]] for name in _OF_PAIRS}
-    mine |= {name: getattr(rows, name)[single] for name in _UNPAIRED}
-    mine |= {
-        name: torch.from_numpy(np.searchsorted(wanted[rank], gathered_place[mine[name].numpy()]))
-        for name in ("teacher_index", "student_index", "index")
-    }
-    return replace(
-        rows,
-        **mine,
-        generation_rows=min(max(rows.generation_rows - single.start, 0), single.stop - single.start),
+    parts = {"pairs": _parts(len(rows.teacher_index), size), "unpaired rows": _parts(len(rows.index), size)}
+
+    def shares(field: RowField, name: str) -> list[torch.Tensor]:
+        return [getattr(rows, name)[part] for part in parts[field.of]]
+
+    shared = {name: (field, shares(field, name)) for name, field in _ROW_FIELDS.items() if field.of != "the whole"}
+    places = [by_rank for field, by_rank in shared.values() if field.is_place]
+    # Sorted, which is the order in which they arrive: by sender.
+    wanted = [np.unique(gathered_place[np.concatenate(of_rank)]) for of_rank in zip(*places, strict=True)]
+    sent = [found[found // per_rank == rank] - rank * per_rank for found in wanted]
+
+    def mine(field: RowField, by_rank: list[torch.Tensor]) -> torch.Tensor:
+        if not field.is_place:
+            return by_rank[rank]
+        return torch.from_numpy(np.searchsorted(wanted[rank], gathered_place[by_rank[rank].numpy()]))
+
+    unpaired = parts["unpaired rows"][rank]
+    # Not ``replace``: a field of the whole that is not made anew here would silently keep its value.
+    return LossRows(
+        **{name: mine(field, by_rank) for name, (field, by_rank) in shared.items()},
+        generation_rows=min(max(rows.generation_rows - unpaired.start, 0), unpaired.stop - unpaired.start),
         exchange=RowExchange(
             send_index=torch.from_numpy(np.concatenate(sent)),
-            send_counts=tuple(len(places) for places in sent),
+            send_counts=tuple(len(found) for found in sent),
             receive_counts=tuple(np.bincount(wanted[rank] // per_rank, minlength=size).tolist()),
         ),
     )

@@ -1,7 +1,7 @@
-"""Step number -> the microbatches that this data-parallel rank runs for it.
+"""The samples of a step become the microbatches that this data-parallel rank runs for it.
 
-Every rank draws the masks and plans the packs of the whole global batch, alike, and lays out only its own microbatches.
-What a step needs depends on its number alone, so the next one is prepared in the background while one trains.
+Every rank plans the packs of the whole global batch, alike, and lays out only its own microbatches. Where the source of
+the samples knows them ahead, the next step is prepared in the background while one trains.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import numpy as np
 import torch
 
 from reflectron.engine.config import Config
+from reflectron.engine.data.batch_source import BatchSource
 from reflectron.engine.data.context_split import share_of_pack
-from reflectron.engine.data.masking import mask_rate, visible_tokens
 from reflectron.engine.data.microbatch import Microbatch, pack, page_locked
 from reflectron.engine.data.packing import CostModel, microbatch_multiple, packing_sizes, plan_packs
-from reflectron.engine.data.sampler import SampleOrder, SampleRef, mask_draws
-from reflectron.engine.data.store import TokenStore
-from reflectron.engine.data.views import SampleViews, SampleWeights, make_views, row_weights
+from reflectron.engine.data.views import SampleViews, SampleWeights, row_weights
 
 
 @dataclass(frozen=True)
@@ -41,19 +39,6 @@ class TokenCounts:
     def total(self) -> int:
         """All tokens that enter the model."""
         return self.teacher + self.student + self.generation
-
-
-@dataclass(frozen=True)
-class SampleId:
-    """A sample, by where a user finds it."""
-
-    file: str
-    """Data file as ``data.train`` names it."""
-    record: int
-    """0-based record of that file."""
-
-    def __str__(self) -> str:
-        return f"{self.file} record {self.record}"
 
 
 @dataclass(frozen=True)
@@ -84,19 +69,6 @@ class GlobalBatch:
     """What enters the model."""
     term_weights: TermWeights
     """Weights by term."""
-
-
-def views_of_step(
-    store: TokenStore, order: SampleOrder, config: Config, step: int, total_steps: int, epochs: float | None
-) -> list[SampleViews]:
-    """What the model sees in 0-based ``step`` of a run, sample by sample; arguments as for ``GlobalBatches``."""
-    rate = mask_rate(step, total_steps)
-
-    def views(ref: SampleRef) -> SampleViews:
-        sample = store[ref.sample]
-        return make_views(sample, visible_tokens(sample, config.mask, rate, mask_draws(config.seed, ref)))
-
-    return [views(ref) for ref in order.global_batch(step, config.batch.global_batch_size, epochs)]
 
 
 def assemble(
@@ -178,33 +150,26 @@ def _term_weights(views: Sequence[SampleViews], weights: Sequence[SampleWeights]
 
 
 class GlobalBatches:
-    """The global batches of a run, by step.
+    """The global batches of a run, by step, as this rank computes them.
 
     Args:
-        store: tokenised samples.
-        order: which samples a step trains on.
-        config: mask, loss weighting, batch sizes and seed.
+        source: the samples of each step.
+        config: loss weighting and batch sizes.
         cost: FLOPs that the packs are balanced by.
-        total_steps: length of the run; the mask rate is a share of it.
-        epochs: passes after which the last batch stops short; None when a number of steps ends the run.
     """
 
     def __init__(
         self,
-        store: TokenStore,
-        order: SampleOrder,
+        source: BatchSource,
         config: Config,
         cost: CostModel,
         *,
-        total_steps: int,
-        epochs: float | None,
         data_parallel_rank: int,
         data_parallel_size: int,
         context_parallel_rank: int = 0,
         context_parallel_size: int = 1,
     ) -> None:
-        self.store, self.order, self.config, self.cost = store, order, config, cost
-        self.total_steps, self.epochs = total_steps, epochs
+        self.source, self.config, self.cost = source, config, cost
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.context_parallel_rank, self.context_parallel_size = context_parallel_rank, context_parallel_size
 
@@ -212,34 +177,37 @@ class GlobalBatches:
         """The batch of 0-based ``step``.
 
         Raises:
-            ValueError: when the token store was changed meanwhile.
+            ValueError: when the source cannot give its samples.
         """
-        self.store.check_unchanged()
-        rate = mask_rate(step, self.total_steps)
-        views = views_of_step(self.store, self.order, self.config, step, self.total_steps, self.epochs)
-        whole = assemble(views, self.config, self.cost, rate, self.data_parallel_rank, self.data_parallel_size)
-        self.store.check_unchanged()
+        samples = self.source.samples(step)
+        whole = assemble(
+            samples.views,
+            self.config,
+            self.cost,
+            samples.mask_rate,
+            self.data_parallel_rank,
+            self.data_parallel_size,
+        )
         return share_of_batch(whole, self.context_parallel_rank, self.context_parallel_size)
 
-    def sample_ids(self, step: int) -> list[SampleId]:
-        """The samples of 0-based ``step``, in the order of its global batch."""
-        refs = self.order.global_batch(step, self.config.batch.global_batch_size, self.epochs)
-        files, store = self.config.data.train, self.store
-        return [SampleId(files[store.file_index[ref.sample]].path, int(store.record_index[ref.sample])) for ref in refs]
-
     def from_step(self, first: int, device: torch.device | None = None) -> Iterator[GlobalBatch]:
-        """Batches from step ``first`` to the end, each prepared while the one before it is in use.
+        """Batches from step ``first`` to the end, each prepared while the one before it is in use, where the source
+        knows steps ahead.
 
         For a CUDA ``device`` they lie in page-locked memory, so that the host need not wait while they are copied.
         """
         cuda = device is not None and device.type == "cuda"
-        if first >= self.total_steps:
+        total_steps = self.source.total_steps
+        if first >= total_steps:
             return
 
         def prepare(step: int) -> GlobalBatch:
             batch = self.batch(step)
             return replace(batch, microbatches=tuple(map(page_locked, batch.microbatches))) if cuda else batch
 
+        if not self.source.knows_steps_ahead:
+            yield from map(prepare, range(first, total_steps))
+            return
         with ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="batches",
@@ -247,8 +215,8 @@ class GlobalBatches:
             initializer=(lambda: torch.cuda.set_device(device)) if cuda else None,
         ) as executor:
             following = executor.submit(prepare, first)
-            for step in range(first, self.total_steps):
+            for step in range(first, total_steps):
                 current = following.result()
-                if step + 1 < self.total_steps:
+                if step + 1 < total_steps:
                     following = executor.submit(prepare, step + 1)
                 yield current

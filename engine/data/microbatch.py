@@ -1,7 +1,7 @@
 """Views of the samples in one pack -> the tensors of one forward.
 
 The segments lie one behind the other: each sample's teacher view, then its student view when it has one. The tail up to
-the common length T is padding: it belongs to no segment and no row of it bears a loss.
+the common length T is padding: it belongs to no segment and no token of it is a loss token.
 
 T tokens of a pack, P pairs of rows, M unpaired rows. Context parallelism (``context_split``) leaves a rank a share of
 each of them.
@@ -10,8 +10,8 @@ each of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -78,37 +78,68 @@ def segments_of(query_lengths: Sequence[int], key_lengths: Sequence[int], tokens
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossRows:
-    """Rows of a pack that bear a loss: indices int64, labels int64 (-100 = none), weights float32.
+@dataclass(frozen=True)
+class RowField:
+    """What a field of ``LossRows`` describes; ranks that share the rows split it accordingly.
 
-    Indices are into T, or into the rows that come out of ``exchange``.
+    A field of the pairs or of the unpaired rows has one entry for each; one of the whole has no entries to share.
     """
 
-    teacher_index: torch.Tensor
+    of: Literal["pairs", "unpaired rows", "the whole"]
+    is_place: bool = False
+    """The entries are places among the T tokens, or among the rows that come out of ``exchange``."""
+
+
+PairPlaces = Annotated[torch.Tensor, RowField("pairs", is_place=True)]
+PairValues = Annotated[torch.Tensor, RowField("pairs")]
+UnpairedPlaces = Annotated[torch.Tensor, RowField("unpaired rows", is_place=True)]
+UnpairedValues = Annotated[torch.Tensor, RowField("unpaired rows")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRows:
+    """The loss tokens of a pack: places int64, labels int64 (-100 = none), weights float32."""
+
+    teacher_index: PairPlaces
     """[P] the teacher's row of each pair."""
-    student_index: torch.Tensor
+    student_index: PairPlaces
     """[P] the student's row of each pair."""
-    teacher_labels: torch.Tensor
+    teacher_labels: PairValues
     """[P]"""
-    student_labels: torch.Tensor
+    student_labels: PairValues
     """[P]"""
-    ce_teacher_weight: torch.Tensor
+    ce_teacher_weight: PairValues
     """[P]"""
-    ce_student_weight: torch.Tensor
+    ce_student_weight: PairValues
     """[P]"""
-    kl_weight: torch.Tensor
+    kl_weight: PairValues
     """[P] 0 on the row before the answer, which has no divergence."""
-    index: torch.Tensor
+    index: UnpairedPlaces
     """[M] unpaired rows; those of generation samples come first."""
-    labels: torch.Tensor
+    labels: UnpairedValues
     """[M]"""
-    ce_weight: torch.Tensor
+    ce_weight: UnpairedValues
     """[M]"""
-    generation_rows: int
+    generation_rows: Annotated[int, RowField("the whole")]
     """How many of the M rows belong to generation samples."""
-    exchange: RowExchange | None = None
+    exchange: Annotated[RowExchange | None, RowField("the whole")] = None
     """With context parallelism."""
+
+
+def row_fields(cls: type = LossRows) -> dict[str, RowField]:
+    """The fields of ``LossRows`` by name, each with what it describes.
+
+    Raises:
+        TypeError: naming a field whose annotation does not say it.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    found = {}
+    for field in fields(cls):
+        kinds = [kind for kind in getattr(hints[field.name], "__metadata__", ()) if isinstance(kind, RowField)]
+        if len(kinds) != 1:
+            raise TypeError(f"{cls.__name__}.{field.name} is annotated with {len(kinds)} RowField, expected one")
+        found[field.name] = kinds[0]
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +174,15 @@ def page_locked(record: Record) -> Record:
     return _converted(record, torch.Tensor.pin_memory)
 
 
-def _converted(record: Record, convert: Callable[[torch.Tensor], torch.Tensor]) -> Record:
+def _converted(record: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a dataclass with its tensors converted, at any depth."""
+
     def converted(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return convert(value)
-        return _converted(value, convert) if isinstance(value, LossRows | Segments | RowExchange) else value
+        return _converted(value, convert) if is_dataclass(value) else value
 
-    return replace(record, **{name: converted(value) for name, value in vars(record).items()})
+    return replace(record, **{field.name: converted(getattr(record, field.name)) for field in fields(record)})
 
 
 def pack(views: Sequence[SampleViews], weights: Sequence[SampleWeights], sequence_length: int) -> Microbatch:

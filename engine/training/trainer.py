@@ -20,7 +20,8 @@ from reflectron.engine.checkpoint.retention import checkpoints_folder
 from reflectron.engine.checkpoint.storage import load
 from reflectron.engine.checkpoint.training_state import TrainingState
 from reflectron.engine.config import Config
-from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches, SampleId
+from reflectron.engine.data.batch_source import SampleId, StoreSource
+from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches
 from reflectron.engine.job_lock import JobLock, LockLost
 from reflectron.engine.model.backends.choose import Backends, choose_on_every_rank
 from reflectron.engine.model.parallelize import gather_parameters, parallelize
@@ -100,12 +101,9 @@ class Trainer:
         shape, parallel = decoder_shape(self.arch, config), config.parallel
         self.cost = training_cost(shape, parallel.recompute, parallel.recompute_modules)
         self.batches = GlobalBatches(
-            inputs.train,
-            order,
+            StoreSource(inputs.train, order, config, total_steps=self.total_steps, epochs=epochs),
             config,
             self.cost,
-            total_steps=self.total_steps,
-            epochs=epochs,
             data_parallel_rank=groups.dp.rank(),
             data_parallel_size=groups.dp.size(),
             context_parallel_rank=groups.cp.rank(),
@@ -183,7 +181,7 @@ class Trainer:
 
     def sample_ids(self, step: int) -> list[SampleId]:
         """The samples that the step of 1-based number ``step`` trained on."""
-        return self.batches.sample_ids(step - 1)
+        return self.batches.source.sample_ids(step - 1)
 
     def _lost_lock(self) -> str:
         """On the main rank, who has taken the folder over; empty when nobody has."""

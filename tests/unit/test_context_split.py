@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from reflectron.engine.config import BatchConfig, Config, DataConfig, ParallelConfig
 from reflectron.engine.data.context_split import share_of_pack, split_tokens
 from reflectron.engine.data.global_batch import assemble, share_of_batch
-from reflectron.engine.data.microbatch import LossRows, Microbatch, segments_of
+from reflectron.engine.data.microbatch import LossRows, Microbatch, row_fields, segments_of
 from reflectron.engine.data.packing import CostModel, plan_packs
 from reflectron.engine.data.views import SampleViews
 
@@ -44,6 +45,15 @@ def causal_pairs(places: np.ndarray, lengths: list[int]) -> int:
     """Attention of the tokens at ``places``: how many tokens each of them attends to."""
     within = np.concatenate([np.arange(1, length + 1) for length in lengths])
     return int(within[places[places < len(within)]].sum())
+
+
+def test_a_field_of_the_rows_must_say_how_ranks_share_it() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class WithScores(LossRows):
+        scores: torch.Tensor | None = None
+
+    with pytest.raises(TypeError, match=r"WithScores\.scores is annotated with 0 RowField"):
+        row_fields(WithScores)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from reflectron.engine.config import BatchConfig, Config, DataConfig, DataFile, LossConfig, MaskConfig, ModelConfig
+from reflectron.engine.data.batch_source import SampleId, StepSamples, StoreSource
 from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches, assemble
 from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.packing import CostModel
@@ -56,16 +57,8 @@ def make_config(**batch: int) -> Config:
 
 def make_batches(store: TokenStore, config: Config, rank: int = 0, ranks: int = 1) -> GlobalBatches:
     order = SampleOrder([1.0], np.zeros(len(store), int), config.seed)
-    return GlobalBatches(
-        store,
-        order,
-        config,
-        COST,
-        total_steps=STEPS,
-        epochs=None,
-        data_parallel_rank=rank,
-        data_parallel_size=ranks,
-    )
+    source = StoreSource(store, order, config, total_steps=STEPS, epochs=None)
+    return GlobalBatches(source, config, COST, data_parallel_rank=rank, data_parallel_size=ranks)
 
 
 def block_views(store: TokenStore, rate: float) -> list[SampleViews]:
@@ -184,6 +177,32 @@ def test_prefetching_changes_nothing(store: TokenStore, start: int) -> None:
             expected.tokens,
             expected.term_weights,
         )
+
+
+class Rollouts:
+    """A source whose samples depend on what training has done so far."""
+
+    knows_steps_ahead, total_steps = False, STEPS
+
+    def __init__(self, source: StoreSource) -> None:
+        self.source, self.asked = source, list[int]()
+
+    def samples(self, step: int) -> StepSamples:
+        self.asked.append(step)
+        return self.source.samples(step)
+
+    def sample_ids(self, step: int) -> list[SampleId]:
+        return self.source.sample_ids(step)
+
+
+def test_a_source_that_knows_no_step_ahead_is_asked_when_its_step_begins(store: TokenStore) -> None:
+    ahead = make_batches(store, make_config())
+    assert isinstance(ahead.source, StoreSource)
+    source = Rollouts(ahead.source)
+    batches = GlobalBatches(source, make_config(), COST, data_parallel_rank=0, data_parallel_size=1)
+    for step, (batch, expected) in enumerate(zip(batches.from_step(0), ahead.from_step(0), strict=True)):
+        assert source.asked == list(range(step + 1))
+        assert all(map(torch.equal, tensors_of(batch), tensors_of(expected)))
 
 
 def test_batches_for_cuda_are_page_locked_by_the_thread_that_prepares_them(

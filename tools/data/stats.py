@@ -210,20 +210,18 @@ def _step_stats(
     store: TokenStore, reflection: np.ndarray, order: SampleOrder, config: Config, args: argparse.Namespace
 ) -> tuple[int, list[StepStats]]:
     """Steps of the run, and the stats of those that are looked at."""
+    from reflectron.engine.data.batch_source import StoreSource
     from reflectron.engine.data.global_batch import GlobalBatches
     from reflectron.engine.data.packing import CostModel
     from reflectron.engine.training.run import run_length
 
-    size = config.batch.global_batch_size
     total_steps, epochs = run_length(config, order)
     replicas = config.parallel.data_parallel_size or 1
+    source = StoreSource(store, order, config, total_steps=total_steps, epochs=epochs)
     batches = GlobalBatches(
-        store,
-        order,
+        source,
         config,
         CostModel(per_token=1.0, per_token_squared=0.0, per_row=0.0),
-        total_steps=total_steps,
-        epochs=epochs,
         data_parallel_rank=0,
         data_parallel_size=replicas,
     )
@@ -232,7 +230,7 @@ def _step_stats(
     # Each step stands for an equal part of the run and lies in its middle.
     for step in ((np.arange(count) + 0.5) * total_steps / count).astype(int).tolist():
         batch = batches.batch(step)
-        samples = np.array([ref.sample for ref in order.global_batch(step, size, epochs)])
+        samples = np.array([ref.sample for ref in source.refs(step)])
         microbatches = len(batch.microbatches) * replicas
         stats.append(
             StepStats(

@@ -50,6 +50,8 @@ def steps_for_tokens(config: Config, store: TokenStore, tokens: int) -> int:
 
 
 def _tokens(config: Config, store: TokenStore, order: SampleOrder, steps: int, epochs: float | None) -> int:
-    from reflectron.engine.data.global_batch import count_tokens, views_of_step
+    from reflectron.engine.data.batch_source import StoreSource
+    from reflectron.engine.data.global_batch import count_tokens
 
-    return sum(count_tokens(views_of_step(store, order, config, step, steps, epochs)).total for step in range(steps))
+    source = StoreSource(store, order, config, total_steps=steps, epochs=epochs)
+    return sum(count_tokens(source.samples(step).views).total for step in range(steps))
