@@ -2,10 +2,13 @@
 
 No content of a conversation holds one of the seven tags, so that the structure of a rendered text is exactly the
 structure of its conversation; and every conversation has something to learn.
+
+Values of a record's columns come in, texts go out: what each schema does with a value that is missing or no text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,3 +103,35 @@ def _check_supervision(conversation: Conversation) -> None:
     for number, message in answers:
         if message.supervised and message.is_empty:
             raise BadRecord(f"empty answer: message {number} has nothing to learn")
+
+
+def present(columns: Mapping[str, object]) -> dict[str, object]:
+    """The columns that hold a value: null is none, and neither is the NaN that pandas writes for it."""
+    return {name: value for name, value in columns.items() if not (value is None or is_nan(value))}
+
+
+def is_nan(value: object) -> bool:
+    """Whether ``value`` is the number that differs from itself."""
+    return isinstance(value, float) and value != value
+
+
+def checked_text(value: object, where: str) -> str:
+    """``value``, which is text that any file can hold.
+
+    Raises:
+        BadRecord: when it is not.
+    """
+    if not isinstance(value, str):
+        raise BadRecord(f"not a string: {where} is {shown_value(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair; a tokenizer cannot take it.
+        raise BadRecord(f"not Unicode: {where} holds a lone surrogate") from None
+    return value
+
+
+def shown_value(value: object) -> str:
+    """A value as a reason shows it."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -6,9 +6,8 @@ conversation; a new one is a module there and a line in ``parse_record``.
 
 from __future__ import annotations
 
-from reflectron.engine.data.conversation import BadRecord, Conversation, checked
+from reflectron.engine.data.conversation import BadRecord, Conversation, checked, present
 from reflectron.engine.data.schemas import messages, pairs
-from reflectron.engine.data.schemas.values import present
 
 _EXPECTED_COLUMNS = "; ".join(("messages", *(", ".join(columns) for columns in pairs.COLUMNS)))
 

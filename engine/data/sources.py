@@ -3,6 +3,11 @@
 Everything that reads records reads them here. Files are streamed, never held in memory. A chunk keeps records as they
 were read (bytes of JSON, or an Arrow batch), so that decoding happens where the chunk is used, which may be another
 process.
+
+Chunks of a file come in, each goes out beside what a job made of it, in order, computed by worker processes.
+
+The chunks in flight are bounded, so a file is never read ahead whole, and the results do not depend on the number of
+workers.
 """
 
 from __future__ import annotations
@@ -11,12 +16,18 @@ import contextlib
 import functools
 import hashlib
 import lzma
+import multiprocessing
+import os
+import signal
+import threading
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +43,7 @@ from reflectron.engine.data.json_records import (
     starts_with,
 )
 from reflectron.engine.data.records import parse_record
+from reflectron.engine.terminal import protect_streams
 from reflectron.engine.text import printable
 
 _PARQUET = ".parquet"
@@ -271,3 +283,69 @@ def _readable(name: str | Path) -> Iterator[None]:
     except (ValueError, *_DAMAGE) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"data file {name} cannot be read: {printable(reason, 500)}") from error
+
+
+Result = TypeVar("Result")
+
+# So few chunks are done before worker processes would have started.
+_CHUNKS_WITHOUT_WORKERS = 4
+
+
+def map_chunks(job: Callable[[Chunk], Result], chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, Result]]:
+    """Apply ``job``, which is pickled once for each worker, to every chunk.
+
+    Args:
+        workers: processes; 0 means one per core. With 1, or for a few chunks, this process does the work.
+    """
+    workers = workers or usable_cores()
+    first = list(islice(chunks, _CHUNKS_WITHOUT_WORKERS + 1))
+    chunks = chain(first, chunks)
+    if workers == 1 or len(first) <= _CHUNKS_WITHOUT_WORKERS:
+        yield from ((chunk, job(chunk)) for chunk in chunks)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
+    try:
+        pending: deque[tuple[Chunk, Future[Any]]] = deque()
+        for chunk in chunks:
+            pending.append((chunk, pool.submit(_work, chunk)))
+            if len(pending) >= 4 * workers:
+                yield _finished(pending)
+        while pending:
+            yield _finished(pending)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _finished(pending: deque[tuple[Chunk, Future[Any]]]) -> tuple[Chunk, Any]:
+    chunk, future = pending.popleft()
+    return chunk, future.result()
+
+
+_worker_job: Callable[[Chunk], Any]
+
+
+def _start_worker(job: Callable[[Chunk], Any]) -> None:
+    global _worker_job
+    _worker_job = job
+    protect_streams()
+    # Ctrl-C reaches the whole process group; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed cannot stop its workers.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(chunk: Chunk) -> Any:
+    return _worker_job(chunk)

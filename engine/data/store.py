@@ -23,10 +23,9 @@ import pyarrow as pa
 from reflectron.engine.config import DataConfig, DataFile
 from reflectron.engine.data.conversation import BadRecord, Conversation
 from reflectron.engine.data.shard import Shard, ShardHeader, open_shard, to_batch, write_atomically, write_shard
-from reflectron.engine.data.sources import Chunk, read_chunks, source_identity
+from reflectron.engine.data.sources import Chunk, map_chunks, read_chunks, source_identity
 from reflectron.engine.data.tokenization import PARSER_VERSION, TOO_LONG, TokenizedSample, tokenize
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Tokenizer
-from reflectron.engine.data.workers import map_chunks
 from reflectron.engine.files import remove_temporaries
 from reflectron.engine.job_lock import lock_folder
 from reflectron.engine.terminal import console

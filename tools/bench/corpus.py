@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reflectron.engine.data.workers import usable_cores
+from reflectron.engine.data.sources import usable_cores
 from reflectron.tools.bench.corpus_inputs import write_corpus
 
 _SECONDS_BETWEEN_SAMPLES = 0.1

@@ -15,8 +15,7 @@ from typing import IO, TYPE_CHECKING
 
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
-from reflectron.engine.data.sources import read_chunks, read_rows
-from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.data.sources import map_chunks, read_chunks, read_rows
 from reflectron.engine.text import printable
 from reflectron.tools.data.benchmarks import Fragment, load_benchmark
 from reflectron.tools.data.corpus import as_line, data_files, from_extra, new_file, words, write_row

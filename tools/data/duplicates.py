@@ -21,8 +21,7 @@ import numpy as np
 
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
-from reflectron.engine.data.sources import Chunk, read_chunks
-from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.data.sources import Chunk, map_chunks, read_chunks
 from reflectron.tools.data.corpus import texts, words
 from reflectron.tools.data.minhash import Bands, band_keys, choose_bands, jaccard, shingle
 

@@ -6,8 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Kind, Message, Role
-from reflectron.engine.data.schemas.values import present, short, text
+from reflectron.engine.data.conversation import (
+    BadRecord,
+    Block,
+    Conversation,
+    Kind,
+    Message,
+    Role,
+    checked_text,
+    present,
+    shown_value,
+)
 
 # What OpenAI and servers like it put beside the text: training without it would teach another conversation.
 _UNSUPPORTED = (
@@ -36,7 +45,7 @@ def read(columns: Mapping[str, object]) -> Conversation:
     """
     raw = columns["messages"]
     if not isinstance(raw, list) or not raw:
-        raise BadRecord(f"no messages: 'messages' is {short(raw)}, expected a list of messages")
+        raise BadRecord(f"no messages: 'messages' is {shown_value(raw)}, expected a list of messages")
     for name in _UNSUPPORTED_COLUMNS:
         if columns.get(name):
             raise BadRecord(f"unsupported column: {name!r} is not empty, expected a conversation of text alone")
@@ -66,7 +75,7 @@ def _role(number: int, role: str) -> Role:
 def _kind(declared: object, is_typed: bool) -> Kind:
     """Typed blocks need a ``type``; as in the reference, every type but ``generation`` is a reflection sample."""
     if is_typed and not isinstance(declared, str):
-        raise BadRecord(f"no type: 'type' is {short(declared)}, expected 'generation' or 'reflection'")
+        raise BadRecord(f"no type: 'type' is {shown_value(declared)}, expected 'generation' or 'reflection'")
     if is_typed:
         return "generation" if declared == "generation" else "reflection"
     return "reflection" if declared == "reflection" else "generation"
@@ -75,17 +84,17 @@ def _kind(declared: object, is_typed: bool) -> Kind:
 def _turn(number: int, message: object) -> _Turn:
     where = f"message {number}"
     if not isinstance(message, dict):
-        raise BadRecord(f"not an object: {where} is {short(message)}, expected role and content")
+        raise BadRecord(f"not an object: {where} is {shown_value(message)}, expected role and content")
     columns = present(message)
     role, content = columns.get("role"), columns.get("content")
     if not isinstance(role, str):
-        raise BadRecord(f"unknown role: {where} has {short(role)}, expected user or assistant")
+        raise BadRecord(f"unknown role: {where} has {shown_value(role)}, expected user or assistant")
     for name in _UNSUPPORTED:
         if columns.get(name):
             raise BadRecord(f"unsupported key: {where} has {name!r}, expected role and content alone")
     supervised = _is_supervised(where, role, columns.get("weight"))
     if not isinstance(content, list):
-        return _Turn(role, (Block("text", text(content, f"{where} content")),), False, supervised)
+        return _Turn(role, (Block("text", checked_text(content, f"{where} content")),), False, supervised)
     if not content:
         raise BadRecord(f"empty message: {where} has no block")
     blocks = [_block(f"{where} block {i}", block) for i, block in enumerate(content, 1)]
@@ -100,7 +109,7 @@ def _is_supervised(where: str, role: str, weight: object) -> bool:
     if weight is None:
         return True
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise BadRecord(f"unsupported weight: {where} has {short(weight)}, expected 0 or 1")
+        raise BadRecord(f"unsupported weight: {where} has {shown_value(weight)}, expected 0 or 1")
     if role != "assistant" and weight:
         raise BadRecord(f"unsupported weight: {where} is the {role}'s and has 1, expected none: it is never learnt")
     return bool(weight)
@@ -109,13 +118,13 @@ def _is_supervised(where: str, role: str, weight: object) -> bool:
 def _block(where: str, block: object) -> tuple[Block, bool]:
     """A block, and whether it is ReflectionSeq's (``content``) and not OpenAI's text part (``text``)."""
     if not isinstance(block, dict):
-        raise BadRecord(f"not an object: {where} is {short(block)}, expected type and content")
+        raise BadRecord(f"not an object: {where} is {shown_value(block)}, expected type and content")
     columns = present(block)
     kind = columns.pop("type", None)
     if kind not in ("text", "code", "execution"):
-        raise BadRecord(f"unknown block type: {where} has {short(kind)}, expected text, code or execution")
+        raise BadRecord(f"unknown block type: {where} has {shown_value(kind)}, expected text, code or execution")
     name = "text" if kind == "text" and "content" not in columns and "text" in columns else "content"
     if others := columns.keys() - {name}:
-        raise BadRecord(f"unknown key: {where} has {short(min(map(str, others)))} beside its type and {name}")
-    content = text(columns.get(name), f"{where} {name}")
+        raise BadRecord(f"unknown key: {where} has {shown_value(min(map(str, others)))} beside its type and {name}")
+    content = checked_text(columns.get(name), f"{where} {name}")
     return Block(kind, content), name == "content"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 
-from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Message, Role
-from reflectron.engine.data.schemas.values import text
+from reflectron.engine.data.conversation import BadRecord, Block, Conversation, Message, Role, checked_text
 
 _CODE_FEEDBACK = ("query", "answer")
 _PRIVILEGED = ("prompt", "privileged_context", "completion")
@@ -33,13 +32,13 @@ def read(columns: Mapping[str, object]) -> Conversation | None:
 
 def _code_feedback(columns: Mapping[str, object]) -> Conversation:
     """Clean up exactly as the reference's ``src/data/download.py`` does."""
-    query = html.unescape(text(columns["query"], "query"))
-    answer = html.unescape(text(columns["answer"], "answer"))
+    query = html.unescape(checked_text(columns["query"], "query"))
+    answer = html.unescape(checked_text(columns["answer"], "answer"))
     return _exchange(query, answer.replace("\r\n", "\n").replace("\t", "    ").strip())
 
 
 def _privileged(columns: Mapping[str, object]) -> Conversation:
-    prompt, context, completion = (text(columns[name], name) for name in _PRIVILEGED)
+    prompt, context, completion = (checked_text(columns[name], name) for name in _PRIVILEGED)
     messages = (_message("user", context), _message("user", prompt), _message("assistant", completion))
     return Conversation("privileged", messages)
 
@@ -47,11 +46,11 @@ def _privileged(columns: Mapping[str, object]) -> Conversation:
 def _pair(columns: Mapping[str, object], ask: str, answer: str) -> Conversation:
     if ask == "instruction" and columns.get("input"):
         raise BadRecord("unsupported column: 'input' is not empty, expected it to be part of 'instruction'")
-    instruction = text(columns[ask], ask)
+    instruction = checked_text(columns[ask], ask)
     if ask == "problem":
         # Magicoder's preprocess_data.py words the problems of OSS-Instruct as an instruction.
         instruction = f"Write a solution to the following coding problem:\n{instruction}"
-    return _exchange(instruction, text(columns[answer], answer))
+    return _exchange(instruction, checked_text(columns[answer], answer))
 
 
 def _exchange(ask: str, answer: str) -> Conversation:
