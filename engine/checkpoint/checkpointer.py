@@ -1,6 +1,4 @@
-"""From a run's checkpoint folder to the newest checkpoint whose files are intact; every rank calls it.
-
-Saves the state of a training run now and then; every rank calls every method.
+"""Saves the state of a training run now and then, and finds the checkpoint to resume from; every rank calls every method.
 
 A checkpoint is written aside, listed in its manifest, renamed into place and only then the latest. What goes wrong on
 any rank is known to all of them and ends that save, never the training.

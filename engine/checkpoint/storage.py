@@ -4,12 +4,8 @@ Saving is three steps, so that the long middle one can run in the background: ``
 ``PlannedSave.write`` puts this rank's file on disk, ``PlannedSave.write_index`` ends it on the main rank. The folder is
 the one that ``dist_checkpointing.save`` would leave; its writer is not used (megatron-core 0.16.1) because it forks the
 training process, starts a server process that outlives a killed rank, and waits for ever when one rank alone meets a
-full disk.
-
-``dist_checkpointing.load`` of megatron-core, without what it unpickles.
-
-megatron-core and torch unpickle ``.metadata``, ``common.pt`` and the objects among the tensors (random generators,
-scales of float8). Here the same code plans and places, over readers of ours.
+full disk. Loading is megatron-core's planning and placing over readers of ours, because its own unpickle ``.metadata``,
+``common.pt`` and the objects among the tensors (random generators, scales of float8).
 """
 
 from __future__ import annotations

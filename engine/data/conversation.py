@@ -1,9 +1,8 @@
 """What every schema of records is read into: a ``Conversation`` of typed blocks, or a ``BadRecord`` that says why not.
 
 No content of a conversation holds one of the seven tags, so that the structure of a rendered text is exactly the
-structure of its conversation; and every conversation has something to learn.
-
-Values of a record's columns come in, texts go out: what each schema does with a value that is missing or no text.
+structure of its conversation; and every conversation has supervised content. Schemas take the values of a record's
+columns through ``present`` and ``checked_text``.
 """
 
 from __future__ import annotations

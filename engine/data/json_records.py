@@ -1,11 +1,8 @@
-"""A file comes in, its content goes out in blocks of bytes, decompressed; what it holds is told by its first bytes.
+"""Records of a JSON file as bytes, each with the line on which it begins, out of blocks of bytes.
 
-A compressed file is read as a stream, so that neither its size nor what it expands to is ever held in memory.
-
-Blocks of bytes come in, the records of a JSON file go out as bytes, each with the line on which it begins.
-
-A file is one record a line, or one array whose elements are the records, over as many lines as it likes. Neither is
-held in memory: an array is cut at its own commas without being parsed, so a bad element costs that record alone.
+A file is plain or compressed, which its first bytes tell, and holds one record a line or one array whose elements are
+the records, over as many lines as it likes. None of it is held in memory: compressed files are streamed, and an array
+is cut at its own commas without being parsed, so that a bad element costs that record alone.
 """
 
 from __future__ import annotations

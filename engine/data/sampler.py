@@ -1,12 +1,10 @@
-"""Random numbers that are a function of a seed and a key alone, on every machine and with every library.
+"""Which samples each step of a run trains on, and the random numbers that decide it.
 
-SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014) on integers of 64 bits: number i
-of a stream is a hash of its key and i, so that nothing is drawn in order and no library's generator is involved.
-
-How often each sample is listed and a seed in; the samples of any step's global batch, in order, out.
-
-Epochs follow each other in one endless stream, and a global batch is the next piece of it. The stream depends on the
-seed and the repeats only: not on batch size, data-parallel size, workers or budget, nor on where a run was resumed.
+Random numbers are a function of a seed and a key alone, on every machine and with every library: SplitMix64 (Steele,
+Lea, Flood: Fast splittable pseudorandom number generators, 2014) on 64-bit integers, where number i of a stream is a
+hash of its key and i. Epochs follow each other in one endless stream of samples, and a global batch is the next piece
+of it. The stream depends on the seed and the repeats only: not on batch size, data-parallel size, workers or budget,
+nor on where a run was resumed.
 """
 
 from __future__ import annotations

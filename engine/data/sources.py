@@ -1,13 +1,8 @@
-"""A data file (JSON lines, a JSON array, Parquet, or a dataset of the hub) comes in, its records go out in chunks.
+"""Records of a data file (JSON lines, a JSON array, Parquet, or a dataset of the hub), in chunks for worker processes.
 
 Everything that reads records reads them here. Files are streamed, never held in memory. A chunk keeps records as they
-were read (bytes of JSON, or an Arrow batch), so that decoding happens where the chunk is used, which may be another
-process.
-
-Chunks of a file come in, each goes out beside what a job made of it, in order, computed by worker processes.
-
-The chunks in flight are bounded, so a file is never read ahead whole, and the results do not depend on the number of
-workers.
+were read (bytes of JSON, or an Arrow batch), so that decoding happens where the chunk is used. ``map_chunks`` bounds
+the chunks in flight and returns results in order, whatever the number of workers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""What a rank says of itself to the watchdogs of the others, and how they know that it was a rank of this run.
+"""What a rank notes of itself for the watchdogs of the others, and the verdict on a job from the notes of its ranks.
 
-Whoever reaches the store may write to it. A note is sealed with the secret of the run, and one that is not, or that is
-no note, is taken for none: it can delay what a rank says, but say nothing in its place.
-
-From the notes of a job's ranks to a verdict: who is silent, late, missing or failed first.
-
-Time is measured on the reader's clock only, by notes that change.
+Whoever reaches the store may write to it. A note is sealed with the secret of the run, and anything else counts as no
+note: it can delay what a rank says, but say nothing in its place. Time is measured on the reader's clock only, by notes
+that change.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Starts torch.distributed and megatron-core's process groups for this rank.
+"""This rank's process groups in torch.distributed and megatron-core, and what all ranks must learn from the main one.
 
 Ranks are laid out as megatron-core does: tensor-parallel ranks are neighbours, then come context-parallel ranks,
 then replicas, then stages.
-
-What the main rank alone does with files, so that all ranks learn alike whether it went well.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""Reads the tensors of a dist checkpoint folder for torch.distributed.checkpoint, without unpickling any of it.
+"""Weights and tensors of a dist checkpoint folder, without unpickling any of it.
 
-torch's own reader unpickles ``.metadata``, so that a folder of a stranger runs code of his.
-
-Weights out of a folder in megatron-core's dist_checkpointing format, one parameter at a time.
-
-Whichever layout wrote the folder, and whether or not optimizer state lies beside the weights, a ``DistSource`` answers
-for Hugging Face tensors. It needs no process groups and holds no more than one parameter of one layer.
+torch's own reader unpickles ``.metadata``, so a stranger's folder runs his code. Whichever layout wrote the folder, and
+whether or not optimizer state lies beside the weights, a ``DistSource`` answers for Hugging Face tensors. It needs no
+process groups and holds no more than one parameter of one layer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A Hugging Face checkpoint folder: what lies beside the weights, and how the weights are spread over files.
-
-How many bytes a run still has to write, before it begins.
-"""
+"""A Hugging Face checkpoint folder: what lies beside the weights, how they are spread over files, how many bytes they are."""
 
 from __future__ import annotations
 

@@ -1,19 +1,10 @@
-"""Hugging Face checkpoints in and out of a model that is spread over ranks.
+"""Writers of weights: Hugging Face folders from a model that is spread over ranks, or either format from a source.
 
-Reading, each rank takes its own slices. Writing, the tensor-parallel ranks of each pipeline stage gather one tensor at
-a time and the first of them writes the stage's files, so that no process ever holds more than one file of weights.
-Loading a checkpoint and exporting it gives bitwise the same tensors.
-
-Writes the weights of a model as safetensors, one tensor at a time.
-
-In comes a ``TensorSource``; out go the files that transformers loads. The header of a file is known before its first
-tensor is read, so that no more than one tensor is ever held; the library's own writer wants all of a file's at once.
-
-Writes the weights of a model in megatron-core's dist_checkpointing format, one parameter at a time.
-
-In comes a ``TensorSource``; out goes a folder that ``dist_checkpointing.load`` reads at any layout, under the names
-that megatron-core's own GPT models have. No process groups are needed, and no more than one parameter of one layer is
-held.
+Exporting a model, the tensor-parallel ranks of each pipeline stage gather one tensor at a time and the first of them
+writes the stage's files, so that no process ever holds more than one file of weights; loading a checkpoint and
+exporting it gives bitwise the same tensors. From a ``TensorSource``, ``write_safetensors`` and ``write_weights``
+(megatron-core's dist_checkpointing, under the names of its own GPT models) need no process groups and hold one tensor
+at a time: the library's own safetensors writer wants all of a file's at once.
 """
 
 from __future__ import annotations
