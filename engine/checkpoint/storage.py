@@ -51,6 +51,9 @@ from reflectron.engine.weights.inert_pickle import ForeignPickle
 from reflectron.engine.weights.torch_file import read_torch_file
 from reflectron.engine.weights.writers import write_dist_index
 
+# Of `common.pt` and `metadata.json`, which hold a few settings.
+_MOST_BYTES = 16 << 20
+
 
 class _SavePlanner(MCoreSavePlanner):
     """Hands out copies of the tensors where ``stage`` has made them."""
@@ -151,10 +154,6 @@ def load(state: TrainingState, folder: Path, *, updates: int, same_layout: bool)
     """
     wanted = state.sharded_state(loading=True, rng=same_layout)
     state.restore(load_checkpoint(wanted, folder), updates)
-
-
-# Of `common.pt` and `metadata.json`, which hold a few settings.
-_MOST_BYTES = 16 << 20
 
 
 def load_checkpoint(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:

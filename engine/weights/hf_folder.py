@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder: what lies beside the weights, how they are spread over files, how many bytes they are."""
+"""A Hugging Face checkpoint folder: what lies beside the weights, how they spread over files, their bytes."""
 
 from __future__ import annotations
 
