@@ -30,7 +30,7 @@ from reflectron.engine.model.gpt import PackedGPT
 from reflectron.engine.model.hf_mapping import HfPiece, hf_pieces, tied_copy
 from reflectron.engine.model.parallelize import gather_parameters
 from reflectron.engine.optim.adafactor import Adafactor
-from reflectron.engine.parallel.process_groups import ParallelGroups
+from reflectron.engine.parallel.process_groups import ParallelGroups, ParameterGroups
 from reflectron.engine.weights.dist_metadata import CONTENT
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,7 +63,7 @@ class TrainingState:
             rng: with the states of the random generators, which belong to a rank of this very layout.
         """
         if self._is_distributed:
-            gather_parameters(self._part.model_chunks)
+            gather_parameters(self._parts[0].model_chunks)
         if not loading:
             self._begin_optimizer()
         metadata = CONTENT | {"dp_cp_group": self.groups.dp_cp}
@@ -97,10 +97,9 @@ class TrainingState:
             _restore_rng_state(loaded["rng"])
 
     @property
-    def _part(self) -> MegatronOptimizer:
-        # megatron-core chains one optimizer for dense parameters and one for experts; there are no experts here.
-        (part,) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        return part
+    def _parts(self) -> Sequence[MegatronOptimizer]:
+        """megatron-core's optimizers: one for dense parameters and, where there are experts, one for theirs."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     @property
     def _kept_keys(self) -> tuple[str, ...]:
@@ -109,22 +108,11 @@ class TrainingState:
 
     @property
     def _is_distributed(self) -> bool:
-        return isinstance(self._part, DistributedOptimizer)
+        return isinstance(self._parts[0], DistributedOptimizer)
 
-    def _initialize(self) -> torch.optim.Optimizer:
-        """torch's optimizer, its state there as after a first step."""
-        inner = self._part.optimizer
-        if isinstance(inner, Adafactor):
-            inner.initialize_state()
-        elif isinstance(inner, HybridDeviceOptimizer):
-            _initialize_offloaded(inner)
-        elif self._part.config.use_precision_aware_optimizer:
-            # init_state_fn leaves out an argument that transformer-engine 2 asks for (megatron-core 0.16.1).
-            for parameter in _unseen_parameters(inner):
-                inner.initialize_state(parameter, store_param_remainders=False)
-        else:
-            self._part.init_state_fn(inner, self._part.config)
-        return inner
+    def _initialize(self) -> list[torch.optim.Optimizer]:
+        """torch's optimizer of each part, its state there as after a first step."""
+        return [_initialized(part) for part in self._parts]
 
     def _begin_optimizer(self) -> None:
         """Give an optimizer that has not made an update yet the state from which its first one starts.
@@ -137,8 +125,12 @@ class TrainingState:
             self._set_step(0)
 
     def _torch_optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        inner = self._part.optimizer
-        return inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner]
+        inner = [part.optimizer for part in self._parts]
+        return [
+            optimizer
+            for one in inner
+            for optimizer in (one.sub_optimizers if isinstance(one, HybridDeviceOptimizer) else [one])
+        ]
 
     def _set_step(self, step: int) -> None:
         """Give every parameter a count of its own: torch's AdamW counts in place, so that a shared one counts twice."""
@@ -164,44 +156,51 @@ class TrainingState:
 
     # State that replicas share out ------------------------------------------------------------------------------------
 
-    def _distributed_parameters(self) -> Iterator[tuple[int, str, torch.nn.Parameter]]:
-        """megatron-core's number of each parameter, with its name."""
+    def _numbered(self, part: DistributedOptimizer) -> Iterator[tuple[int, str, torch.nn.Parameter]]:
+        """The parameters of ``part``: megatron-core's number of each, with its name."""
         names = {parameter: name for name, parameter in self._named_parameters()}
-        parameters = (parameter for buffer in self._part.buffers for parameter in buffer.param_index_map)
+        parameters = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
         for index, parameter in enumerate(parameters):
             yield index, names[parameter], parameter
 
     def _distributed_state(self, model: ShardedState, loading: bool) -> ShardedState:
-        with _places_without_padding(self._part.buffers):
-            numbered = self._part.sharded_param_state_fully_reshardable(model, loading, CONTENT)
-        kept = self._kept_keys
-        return {name: {key: numbered[index][key] for key in kept} for index, name, _ in self._distributed_parameters()}
+        state: ShardedState = {}
+        for part in self._parts:
+            with _places_without_padding(part.buffers):
+                numbered = part.sharded_param_state_fully_reshardable(model, loading, CONTENT)
+            for index, name, _ in self._numbered(part):
+                state[name] = {key: numbered[index][key] for key in self._kept_keys}
+        return state
 
     def _restore_distributed(self, state: ShardedState) -> None:
-        inner = self._initialize()
-        # load_parameter_state_from_fully_reshardable fails with KeyError on torch's step (megatron-core 0.16.1).
-        if not isinstance(inner, HybridDeviceOptimizer):
-            for moments in inner.state.values():
-                moments.pop("step", None)
-        # Of a float32 model, the parameters are their own main copies.
-        numbered = {
-            index: {"param": parameter.detach()} | state[name]
-            for index, name, parameter in self._distributed_parameters()
-        }
-        self._part.load_parameter_state_from_fully_reshardable(numbered)
+        for part, inner in zip(self._parts, self._initialize(), strict=True):
+            # load_parameter_state_from_fully_reshardable fails with KeyError on torch's step (megatron-core 0.16.1).
+            if not isinstance(inner, HybridDeviceOptimizer):
+                for moments in inner.state.values():
+                    moments.pop("step", None)
+            # Of a float32 model, the parameters are their own main copies.
+            numbered = {
+                index: {"param": parameter.detach()} | state[name] for index, name, parameter in self._numbered(part)
+            }
+            part.load_parameter_state_from_fully_reshardable(numbered)
 
     # State that every replica has -------------------------------------------------------------------------------------
 
     def _plain_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(parameter's name, key, tensor of the parameter's shape)."""
-        inner = self._initialize()
+        moments = {
+            parameter: state
+            for inner in self._initialize()
+            if not isinstance(inner, Adafactor)
+            for parameter, state in inner.state.items()
+        }
         for name, parameter in self._named_parameters():
             main = getattr(parameter, "main_param", parameter)
             for key in self._kept_keys:
                 if key == "param":
                     yield name, key, main
-                elif not isinstance(inner, Adafactor):
-                    yield name, key, inner.state[main][key]
+                elif main in moments:
+                    yield name, key, moments[main][key]
 
     def _plain_state(self, model: ShardedState) -> ShardedState:
         named = list(self._named_parameters())
@@ -212,9 +211,7 @@ class TrainingState:
             sharded = make_sharded_optimizer_tensor(described[name], tensor, f"optimizer.state.{key}")
             state.setdefault(name, {})[key] = sharded
         for share in self._average_shares():
-            state[share.key] = ShardedTensor.from_rank_offsets(
-                share.key, share.whole(self.groups), replica_id=share.replica_id
-            )
+            state[share.key] = ShardedTensor.from_rank_offsets(share.key, share.whole(), replica_id=share.replica_id)
         return state
 
     def _restore_plain(self, state: ShardedState) -> None:
@@ -226,16 +223,21 @@ class TrainingState:
 
     def _average_shares(self) -> Iterator[_AverageShare]:
         """Adafactor's averages; nothing with AdamW."""
-        inner = self._initialize()
-        if not isinstance(inner, Adafactor):
+        averages = {
+            parameter: state
+            for inner in self._initialize()
+            if isinstance(inner, Adafactor)
+            for parameter, state in inner.state.items()
+        }
+        if not averages:
             return
         tied = tied_copy(self.chunks, self.arch)
         for parameter, pieces in hf_pieces(self.chunks, self.arch, self.groups.tp.size()):
-            state = inner.state[getattr(parameter, "main_param", parameter)]
-            copy = int(parameter is tied)
+            state = averages[getattr(parameter, "main_param", parameter)]
+            groups, copy = self.groups.of(parameter), int(parameter is tied)
             for piece in pieces:
                 for name, local in state[piece.name].items():
-                    yield _average_share(piece, name, local, piece.view(parameter).numel(), copy, self.groups)
+                    yield _average_share(piece, name, local, piece.view(parameter).numel(), copy, groups)
 
 
 @dataclass(frozen=True)
@@ -254,31 +256,34 @@ class _AverageShare:
     """Other ranks hold the rest."""
     replica_id: tuple[int, int, int]
     """All 0 on the rank that writes it."""
+    shards: dist.ProcessGroup
+    """Ranks that hold parts of the average."""
 
-    def whole(self, groups: ParallelGroups) -> torch.Tensor:
-        """The whole average, the same on all tensor-parallel ranks; averages are small, and parts may be uneven."""
+    def whole(self) -> torch.Tensor:
+        """The whole average, the same on all ranks of ``shards``; averages are small, and parts may be uneven."""
         if not self.split:
             return self.local
         whole = self.local.new_zeros(self.length)
         whole[self.rows] = self.local
-        dist.all_reduce(whole, group=groups.tp)
+        dist.all_reduce(whole, group=self.shards)
         return whole
 
 
 def _average_share(
-    piece: HfPiece, average: str, local: torch.Tensor, local_numel: int, copy: int, groups: ParallelGroups
+    piece: HfPiece, average: str, local: torch.Tensor, local_numel: int, copy: int, groups: ParameterGroups
 ) -> _AverageShare:
     dim = _AVERAGE_DIM[average]
-    split = piece.shard_dim == dim and groups.tp.size() > 1
+    split = piece.shard_dim == dim and groups.shards.size() > 1
     # A padded vocabulary gives each rank more rows than its share of the tensor's.
-    start = groups.tp.rank() * (local_numel * piece.shape[dim] // math.prod(piece.shape)) if split else 0
+    start = groups.shards.rank() * (local_numel * piece.shape[dim] // math.prod(piece.shape)) if split else 0
     return _AverageShare(
         key=f"optimizer.state.{average}.{piece.name}",
         local=local,
         length=piece.shape[dim],
         rows=slice(start, start + len(local)),
         split=split,
-        replica_id=(copy, groups.tp.rank(), groups.dp_cp.rank()),
+        replica_id=(copy, groups.shards.rank(), groups.replicas.rank()),
+        shards=groups.shards,
     )
 
 
@@ -295,6 +300,21 @@ def trusted_scales() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _initialized(part: MegatronOptimizer) -> torch.optim.Optimizer:
+    inner = part.optimizer
+    if isinstance(inner, Adafactor):
+        inner.initialize_state()
+    elif isinstance(inner, HybridDeviceOptimizer):
+        _initialize_offloaded(inner)
+    elif part.config.use_precision_aware_optimizer:
+        # init_state_fn leaves out an argument that transformer-engine 2 asks for (megatron-core 0.16.1).
+        for parameter in _unseen_parameters(inner):
+            inner.initialize_state(parameter, store_param_remainders=False)
+    else:
+        part.init_state_fn(inner, part.config)
+    return inner
 
 
 def _unseen_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -25,6 +25,16 @@ from reflectron.engine.text import printable
 
 
 @dataclass(frozen=True)
+class ParameterGroups:
+    """The process groups that one kind of parameters is spread over."""
+
+    shards: dist.ProcessGroup
+    """Ranks that each hold a part of a parameter."""
+    replicas: dist.ProcessGroup
+    """Ranks that hold the same part: over them its gradient is summed and its optimizer state may be sharded."""
+
+
+@dataclass(frozen=True)
 class ParallelGroups:
     """The process groups of this rank, named as megatron-core names them, and its place in them."""
 
@@ -40,6 +50,10 @@ class ParallelGroups:
     """All ranks with the same parameters: over them gradients are summed and optimizer state is sharded."""
     pp: dist.ProcessGroup
     """Stages of one replica."""
+    expt_tp: dist.ProcessGroup
+    """As ``tp``, for the parameters of experts."""
+    expt_dp: dist.ProcessGroup
+    """As ``dp_cp``, for the parameters of experts."""
     hosts: dist.ProcessGroup
     """All ranks, over gloo: for what hosts agree on without waiting for their devices."""
     is_last_stage: bool
@@ -51,6 +65,12 @@ class ParallelGroups:
     def is_main(self) -> bool:
         """The rank that writes files and talks to the terminal."""
         return dist.get_rank() == 0
+
+    def of(self, parameter: torch.Tensor) -> ParameterGroups:
+        """The groups of a parameter; megatron-core marks those of experts by ``allreduce = False``."""
+        if getattr(parameter, "allreduce", True):
+            return ParameterGroups(self.tp, self.dp_cp)
+        return ParameterGroups(self.expt_tp, self.expt_dp)
 
     def barrier(self) -> None:
         """Wait for the hosts of all ranks, while their devices go on."""
@@ -158,6 +178,8 @@ def model_parallel_groups(
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pp=parallel_state.get_pipeline_model_parallel_group(),
+        expt_tp=parallel_state.get_expert_tensor_parallel_group(),
+        expt_dp=parallel_state.get_expert_data_parallel_group(),
         hosts=hosts,
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )

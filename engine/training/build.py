@@ -25,14 +25,14 @@ def load_weights(chunks: Sequence[PackedGPT], arch: Architecture, source: Tensor
     Raises:
         ValueError: naming a tensor that is missing or has another shape.
     """
-    rank, size = groups.tp.rank(), groups.tp.size()
     with torch.no_grad():
-        for parameter, pieces in hf_pieces(chunks, arch, size):
+        for parameter, pieces in hf_pieces(chunks, arch, groups.tp.size()):
+            shards = groups.of(parameter).shards
             for piece in pieces:
-                _load_piece(piece.view(parameter), piece, source, rank, size)
+                _load_piece(piece.view(parameter), piece, source, shards.rank())
 
 
-def _load_piece(target: torch.Tensor, piece: HfPiece, source: TensorSource, rank: int, size: int) -> None:
+def _load_piece(target: torch.Tensor, piece: HfPiece, source: TensorSource, rank: int) -> None:
     dim = piece.shard_dim
     if dim is None:
         target.copy_(source.read(piece.name, piece.shape, None, 0, 0))

@@ -68,17 +68,16 @@ from reflectron.engine.weights.hf_folder import (
 from reflectron.engine.weights.readers import SAFETENSORS_DTYPES, TensorSource, _numel
 
 
-def gather_piece(local: torch.Tensor, piece: HfPiece, groups: ParallelGroups) -> torch.Tensor:
-    """The whole Hugging Face tensor from every rank's share, the same on all tensor-parallel ranks."""
-    size = groups.tp.size()
+def gather_piece(local: torch.Tensor, piece: HfPiece, shards: dist.ProcessGroup) -> torch.Tensor:
+    """Gather the whole Hugging Face tensor from the shares of all ranks of ``shards``, the same on each of them."""
     if piece.shard_dim is None:
         return local
     shape = list(piece.shape)
     shape[piece.shard_dim] = local.numel() * shape[piece.shard_dim] // _numel(piece.shape)
     shard = local.reshape(shape).contiguous()
-    shards = [torch.empty_like(shard) for _ in range(size)]
-    dist.all_gather(shards, shard, group=groups.tp)
-    return torch.cat(shards, dim=piece.shard_dim).narrow(piece.shard_dim, 0, piece.shape[piece.shard_dim])
+    parts = [torch.empty_like(shard) for _ in range(shards.size())]
+    dist.all_gather(parts, shard, group=shards)
+    return torch.cat(parts, dim=piece.shard_dim).narrow(piece.shard_dim, 0, piece.shape[piece.shard_dim])
 
 
 def export_weights(
@@ -113,7 +112,7 @@ def export_weights(
         gathered = {}
         for name in names:
             parameter, piece = by_name[name]
-            whole = gather_piece(piece.view(parameter.detach()), piece, groups)
+            whole = gather_piece(piece.view(parameter.detach()), piece, groups.of(parameter).shards)
             if writes:
                 gathered[name] = whole.to("cpu", copy=True).contiguous()
         # The others wait in the gathering of the next tensor, so an error must not end the loop.

@@ -96,7 +96,7 @@ class Training:
     batch: GlobalBatch
 
     @staticmethod
-    def build(config: Config, groups: ParallelGroups, with_weights: bool) -> Training:
+    def build(config: Config, groups: ParallelGroups, with_weights: bool, as_experts: bool = False) -> Training:
         inputs = read_model_inputs(config)
         backends, dtype = choose_backends(config, inputs.arch, groups.device), getattr(torch, config.model.dtype)
         chunks = load_model(config, inputs, groups, dtype, backends, with_weights)
@@ -104,9 +104,14 @@ class Training:
             # What happens to be in memory must not matter, not even in the rows that pad the vocabulary.
             for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
                 parameter.data.fill_(float("nan"))
+        for chunk in chunks if as_experts else []:
+            for name, parameter in chunk.named_parameters():
+                if ".mlp." in name:
+                    parameter.allreduce = False  # type: ignore[attr-defined]
         shard = shards_optimizer(config.optimizer, config.parallel.distributed_optimizer)
         wrapped = parallelize(chunks, config.parallel, shard)
         optimizer = build_optimizer(config.optimizer, wrapped, chunks, inputs.arch, groups, shard, backends.adamw)
+        assert len(getattr(optimizer, "chained_optimizers", [optimizer])) == 1 + as_experts
         state = TrainingState(chunks, optimizer, inputs.arch, groups)
         return Training(state, wrapped, optimizer, golden_batch(config, inputs, groups))
 
@@ -123,7 +128,7 @@ def run_job(job: dict[str, Any]) -> None:
     config = job_config(job)
     groups = model_parallel_groups(config.parallel, torch.device("cpu"), config.seed)
     result: dict[str, Any] = {"lines": []}
-    training = Training.build(config, groups, with_weights=job["do"] != "load")
+    training = Training.build(config, groups, job["do"] != "load", job.get("as_experts", False))
     updates = job.get("updates", 3)
     if job["do"] == "train":
         training.steps(updates)

@@ -185,7 +185,7 @@ def save_pieces(
 ) -> None:
     """Write the whole Hugging Face tensors of this stage, of its parameters or of what hangs on them."""
     tensors = {
-        piece.name: gather_piece(piece.view(getattr(parameter, attribute)), piece, groups).clone().contiguous()
+        piece.name: gather_piece(piece.view(getattr(parameter, attribute)), piece, groups.tp).clone().contiguous()
         for parameter, pieces in hf_pieces(chunks, inputs.arch, groups.tp.size())
         for piece in pieces
     }

@@ -38,6 +38,7 @@ PP2_VPP2 = {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_mo
 # Of a replica, only its share of the parameters is up to date when it saves.
 OVERLAP = {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 2000}}
 NOT_SHARDED = {"parallel": {"distributed_optimizer": False}}
+TP2_NOT_SHARDED = {"parallel": TP2["parallel"] | NOT_SHARDED["parallel"]}
 SAVE = {"do": "save"}
 EXACT, FLOAT32, BFLOAT16 = 0.0, 1e-5, 2e-2
 
@@ -104,7 +105,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[int, list[
         "qwen3",
         {"dtype": "bfloat16"},
         2,
-        {"parallel": {"tensor_model_parallel_size": 2, "distributed_optimizer": False}},
+        TP2_NOT_SHARDED,
         {2: [TP2, {}], 1: [NOT_SHARDED]},
     ),
     "adafactor-tp2": ("qwen2", {"optimizer": "adafactor", "divisible_by": 512}, 2, TP2, {2: [TP2, PP2, {}], 1: [{}]}),
@@ -115,6 +116,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[int, list[
         PP2,
         {2: [PP2, TP2], 1: [{}]},
     ),
+    # megatron-core gives parameters that it takes for experts' an optimizer and buffers of their own.
+    "two-optimizers": ("llama", {"as_experts": True}, 2, {}, {2: [TP2, {"as_experts": False}], 1: [NOT_SHARDED]}),
+    "two-optimizers-not-sharded": ("qwen3", {"as_experts": True}, 2, TP2_NOT_SHARDED, {2: [{}], 1: [NOT_SHARDED]}),
     "tp2-pp2": (
         "llama",
         {},
