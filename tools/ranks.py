@@ -98,14 +98,14 @@ def _print_notes(inputs: RunInputs) -> None:
 
 
 def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None) -> int:
-    from reflectron.engine.parallel.judge import SLOW_PHASE_FACTOR, Progress, WatchdogLimits
+    from reflectron.engine.parallel.judge import SLOW_PHASE_FACTOR, RankProgress, WatchdogLimits
     from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
     from reflectron.engine.parallel.watchdog import Watchdog
     from reflectron.engine.training.run import open_run_inputs
 
     hang_minutes = config.train.collective_timeout_minutes
     watchdog = Watchdog(
-        Progress(),
+        RankProgress(),
         WatchdogLimits(hang_s=60 * hang_minutes, silence_s=config.train.heartbeat_timeout_seconds),
     )
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from typing_extensions import assert_never
 
 from reflectron.engine.config import MaskConfig
 from reflectron.engine.data.sampler import Draws
@@ -51,6 +52,8 @@ def _visible_reflection(blocks: np.ndarray, mask: MaskConfig, rate: float, draws
     """Visibility of the tokens of the reflection sequence, whose ``blocks`` adjoin each other."""
     lengths = blocks[:, 2] - blocks[:, 1]
     n_blocks, n_tokens = len(blocks), int(lengths.sum())
+    if mask.strategy == "none":
+        return np.ones(n_tokens, dtype=bool)
     if mask.strategy == "all":
         return np.zeros(n_tokens, dtype=bool)
     if mask.strategy == "block":
@@ -62,8 +65,9 @@ def _visible_reflection(blocks: np.ndarray, mask: MaskConfig, rate: float, draws
         return np.repeat(_all_but_drawn(n_blocks, rate, draws), lengths)
     if mask.strategy == "sequential_token":
         return np.arange(n_tokens) >= math.ceil(n_tokens * rate)
-    assert mask.strategy == "random_token"
-    return _all_but_drawn(n_tokens, rate, draws)
+    if mask.strategy == "random_token":
+        return _all_but_drawn(n_tokens, rate, draws)
+    assert_never(mask.strategy)
 
 
 def _hidden_type_count(rate: float) -> int:

@@ -83,7 +83,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class RecordChunk:
     """Consecutive records."""
 
     first_index: int
@@ -133,7 +133,7 @@ def read_rows(path: Path) -> Iterator[Record]:
             yield from chunk.records()
 
 
-def read_chunks(file: DataFile, size: int) -> Iterator[Chunk]:
+def read_chunks(file: DataFile, size: int) -> Iterator[RecordChunk]:
     """The records of ``file`` in order, ``size`` (the last chunk: at most ``size``) at a time.
 
     Raises:
@@ -146,7 +146,7 @@ def read_chunks(file: DataFile, size: int) -> Iterator[Chunk]:
     yield from chain([first], chunks)
 
 
-def _chunks(file: DataFile, size: int) -> Iterator[Chunk]:
+def _chunks(file: DataFile, size: int) -> Iterator[RecordChunk]:
     path = Path(file.path)
     if not _is_local(file):
         data = _hub_dataset(file.path, file.split, file.revision)
@@ -217,7 +217,7 @@ def _hub_dataset(name: str, split: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def _json_chunks(path: Path, size: int) -> Iterator[Chunk]:
+def _json_chunks(path: Path, size: int) -> Iterator[RecordChunk]:
     first = 0
     lines: list[int] = []
     values: list[bytes] = []
@@ -226,14 +226,14 @@ def _json_chunks(path: Path, size: int) -> Iterator[Chunk]:
         lines.append(line)
         values.append(value)
         if len(values) == size:
-            yield Chunk(first, tuple(lines), tuple(values), blocks.share_read)
+            yield RecordChunk(first, tuple(lines), tuple(values), blocks.share_read)
             first += size
             lines, values = [], []
     if values:
-        yield Chunk(first, tuple(lines), tuple(values), 1.0)
+        yield RecordChunk(first, tuple(lines), tuple(values), 1.0)
 
 
-def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
+def _parquet_chunks(path: Path, size: int) -> Iterator[RecordChunk]:
     with pq.ParquetFile(path) as parquet:
         names = parquet.schema_arrow.names
         if len(set(names)) < len(names):
@@ -241,11 +241,11 @@ def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
         yield from _arrow_chunks(parquet.iter_batches(size), parquet.metadata.num_rows)
 
 
-def _arrow_chunks(batches: Iterator[pa.RecordBatch], total: int) -> Iterator[Chunk]:
+def _arrow_chunks(batches: Iterator[pa.RecordBatch], total: int) -> Iterator[RecordChunk]:
     first = 0
     for batch in batches:
         last = first + batch.num_rows
-        yield Chunk(first, tuple(range(first + 1, last + 1)), batch, last / total)
+        yield RecordChunk(first, tuple(range(first + 1, last + 1)), batch, last / total)
         first = last
 
 
@@ -286,7 +286,9 @@ Result = TypeVar("Result")
 _CHUNKS_WITHOUT_WORKERS = 4
 
 
-def map_chunks(job: Callable[[Chunk], Result], chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, Result]]:
+def map_chunks(
+    job: Callable[[RecordChunk], Result], chunks: Iterator[RecordChunk], workers: int
+) -> Iterator[tuple[RecordChunk, Result]]:
     """Apply ``job``, which is pickled once for each worker, to every chunk.
 
     Args:
@@ -301,7 +303,7 @@ def map_chunks(job: Callable[[Chunk], Result], chunks: Iterator[Chunk], workers:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
     try:
-        pending: deque[tuple[Chunk, Future[Any]]] = deque()
+        pending: deque[tuple[RecordChunk, Future[Any]]] = deque()
         for chunk in chunks:
             pending.append((chunk, pool.submit(_work, chunk)))
             if len(pending) >= 4 * workers:
@@ -317,15 +319,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _finished(pending: deque[tuple[Chunk, Future[Any]]]) -> tuple[Chunk, Any]:
+def _finished(pending: deque[tuple[RecordChunk, Future[Any]]]) -> tuple[RecordChunk, Any]:
     chunk, future = pending.popleft()
     return chunk, future.result()
 
 
-_worker_job: Callable[[Chunk], Any]
+_worker_job: Callable[[RecordChunk], Any]
 
 
-def _start_worker(job: Callable[[Chunk], Any]) -> None:
+def _start_worker(job: Callable[[RecordChunk], Any]) -> None:
     global _worker_job
     _worker_job = job
     protect_streams()
@@ -342,5 +344,5 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _work(chunk: Chunk) -> Any:
+def _work(chunk: RecordChunk) -> Any:
     return _worker_job(chunk)

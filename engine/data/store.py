@@ -23,7 +23,7 @@ import pyarrow as pa
 from reflectron.engine.config import DataConfig, DataFile
 from reflectron.engine.data.conversation import BadRecord, Conversation
 from reflectron.engine.data.shard import Shard, ShardHeader, open_shard, to_batch, write_atomically, write_shard
-from reflectron.engine.data.sources import Chunk, map_chunks, read_chunks, source_identity
+from reflectron.engine.data.sources import RecordChunk, map_chunks, read_chunks, source_identity
 from reflectron.engine.data.tokenization import PARSER_VERSION, TOO_LONG, TokenizedSample, tokenize
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Tokenizer
 from reflectron.engine.files import remove_temporaries
@@ -237,7 +237,7 @@ class _Job:
     tokenizer: Tokenizer
     data: DataConfig
 
-    def __call__(self, chunk: Chunk) -> pa.RecordBatch:
+    def __call__(self, chunk: RecordChunk) -> pa.RecordBatch:
         results: list[TokenizedSample | BadRecord] = []
         for record in chunk.records():
             try:
@@ -251,7 +251,7 @@ class _Job:
         return tokenize(conversation, self.tokenizer, data.template, data.max_length, data.special_tokens_in_content)
 
 
-def _with_progress(chunks: Iterator[Chunk], file: DataFile, show: bool) -> Iterator[Chunk]:
+def _with_progress(chunks: Iterator[RecordChunk], file: DataFile, show: bool) -> Iterator[RecordChunk]:
     """Pass chunks on and draw the share of the file that has been read."""
     # Imported here: workers import this module and draw nothing.
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from typing_extensions import assert_never
 
 from reflectron.engine.data.conversation import BadRecord, Conversation, Kind
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, Template, Tokenizer
@@ -130,17 +131,21 @@ def _with_structure(
             supervised[start : end + 1] = False
     blocks = np.empty((0, 3), dtype=np.int32)
     prefix_end, final_start = 0, -1
-    if kind == "reflection":
+    if kind == "generation":
+        pass
+    elif kind == "reflection":
         prefix_end = int(_next(message_ends, assistants[:1])[0]) + 1
         tagged = sorted(
             (s, t) for t, tag in enumerate(_BLOCK_TAGS) for s in positions(tag) if assistants[0] < s < prefix_end
         )
         last = _next(block_ends, np.array([start for start, _ in tagged]))
         blocks = np.array([(t, s, e + 1) for (s, t), e in zip(tagged, last, strict=True)], dtype=np.int32)
+        final_start = int(assistants[-1])
     elif kind == "privileged":
         prefix_end = int(users[1])
-    if kind != "generation":
         final_start = int(assistants[-1])
+    else:
+        assert_never(kind)
     return TokenizedSample(kind, input_ids, supervised, blocks, prefix_end, final_start, special_tokens)
 
 

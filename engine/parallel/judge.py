@@ -52,7 +52,7 @@ class Note:
 
 
 @dataclass
-class Progress:
+class RankProgress:
     """Where this rank is; written by its main thread, read by its watchdog."""
 
     note: Note = field(default_factory=Note)
@@ -154,7 +154,7 @@ class _Seen:
     """When the note last changed, by the reader's clock."""
 
 
-class Judge:
+class JobJudge:
     """Notes of all ranks, one set after the other, to a verdict.
 
     Args:

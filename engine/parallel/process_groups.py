@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from reflectron.engine.config import ParallelConfig
 from reflectron.engine.job_lock import LockLost
-from reflectron.engine.parallel.judge import Progress
+from reflectron.engine.parallel.judge import RankProgress
 from reflectron.engine.parallel.rendezvous import open_store
 from reflectron.engine.text import printable
 
@@ -58,7 +58,7 @@ class ParallelGroups:
     """All ranks, over gloo: for what hosts agree on without waiting for their devices."""
     is_last_stage: bool
     """This rank computes the loss."""
-    progress: Progress = field(default_factory=Progress)
+    progress: RankProgress = field(default_factory=RankProgress)
     """Where this rank is, for the watchdog."""
 
     @property
@@ -83,15 +83,14 @@ def device_type(parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
     Raises:
         ValueError: when CUDA is asked for and none is visible.
     """
-    if parallel.device == "cuda" and not torch.cuda.is_available():
+    found: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if parallel.device in ("auto", found):
+        return found
+    if parallel.device == "cuda":
         raise ValueError("parallel.device is 'cuda', expected 'cpu' or 'auto': no CUDA device is visible")
-    if parallel.device == "cpu" and torch.cuda.is_available():
-        raise ValueError(
-            "parallel.device is 'cpu', expected no visible CUDA device: set CUDA_VISIBLE_DEVICES= to hide them"
-        )
-    if parallel.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return parallel.device
+    raise ValueError(
+        "parallel.device is 'cpu', expected no visible CUDA device: set CUDA_VISIBLE_DEVICES= to hide them"
+    )
 
 
 def device_index(local_rank: int, visible: int) -> int:

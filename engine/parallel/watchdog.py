@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from reflectron.engine.parallel import rendezvous
-from reflectron.engine.parallel.judge import Judge, Note, Progress, Seal, WatchdogLimits, note_text, read_note
+from reflectron.engine.parallel.judge import JobJudge, Note, RankProgress, Seal, WatchdogLimits, note_text, read_note
 from reflectron.engine.parallel.launch import SUPERVISED, WATCHDOG_EXIT_CODE
 from reflectron.engine.text import printable
 
@@ -66,7 +66,7 @@ class Watchdog:
         beat_s: seconds between two looks.
     """
 
-    def __init__(self, progress: Progress, limits: WatchdogLimits, beat_s: float = 2.0) -> None:
+    def __init__(self, progress: RankProgress, limits: WatchdogLimits, beat_s: float = 2.0) -> None:
         self.progress, self.limits, self.beat_s = progress, limits, beat_s
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.progress.note = replace(progress.note, host=socket.gethostname())
@@ -117,7 +117,7 @@ class Watchdog:
             return
         # Who hangs is for rank 0 to say, which sees all.
         limits = self.limits if self.rank == 0 else replace(self.limits, hang_s=0.0)
-        judge = Judge(limits, time.monotonic(), range(self.world_size) if self.rank == 0 else ())
+        judge = JobJudge(limits, time.monotonic(), range(self.world_size) if self.rank == 0 else ())
         asleep = time.monotonic()
         while not self._stopping.wait(self.beat_s):
             # Time in which this process stood still itself.

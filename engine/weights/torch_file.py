@@ -61,7 +61,7 @@ def read_torch_file(stream: IO[bytes] | io.RawIOBase) -> Any:
     """
     try:
         with zipfile.ZipFile(stream) as archive:
-            return _Reader(archive).read()
+            return _TorchFileReader(archive).read()
     except zipfile.BadZipFile as error:
         raise ForeignPickle(f"it is no file of torch.save: {error}") from None
     except ForeignPickle:
@@ -78,7 +78,7 @@ def read_torch_file(stream: IO[bytes] | io.RawIOBase) -> Any:
         raise ForeignPickle(f"it is no file of torch.save: {type(error).__name__}: {error}") from None
 
 
-class _Reader:
+class _TorchFileReader:
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive = archive
         self.members = {member.filename.partition("/")[2]: member for member in archive.infolist()[:_MOST_MEMBERS]}

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from reflectron.engine.parallel import rendezvous
-from reflectron.engine.parallel.judge import Note, Progress, Seal, WatchdogLimits, note_text
+from reflectron.engine.parallel.judge import Note, RankProgress, Seal, WatchdogLimits, note_text
 from reflectron.engine.parallel.launch import RUN_SECRET, ProcessPlace, die_with, free_port
 from reflectron.engine.parallel.rendezvous import open_store
 from reflectron.engine.parallel.watchdog import Watchdog
@@ -33,7 +33,7 @@ STOPPED = {"stopped": (1,), "stopped main": (0,), "stopped two": (0, 1)}
 
 
 def rank_main(case: str) -> None:
-    rank, progress = int(os.environ["RANK"]), Progress()
+    rank, progress = int(os.environ["RANK"]), RankProgress()
     if case == "stopped before it joins" and rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     # The start may take six times as long.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from reflectron.engine.parallel.judge import Judge, Note, Progress, WatchdogLimits
+from reflectron.engine.parallel.judge import JobJudge, Note, RankProgress, WatchdogLimits
 
 HANG, SILENCE = 60.0, 10.0
 
@@ -15,8 +15,8 @@ class Job:
     """Four ranks that beat unless they are told not to."""
 
     def __init__(self) -> None:
-        self.judge = Judge(WatchdogLimits(hang_s=HANG, silence_s=SILENCE), 0.0)
-        self.ranks = [Progress(Note(host=f"node{rank // 2}")) for rank in range(4)]
+        self.judge = JobJudge(WatchdogLimits(hang_s=HANG, silence_s=SILENCE), 0.0)
+        self.ranks = [RankProgress(Note(host=f"node{rank // 2}")) for rank in range(4)]
         self.silent: set[int] = set()
         self.now = 0.0
 
@@ -106,13 +106,13 @@ def test_a_reader_that_was_stopped_itself_blames_nobody(job: Job) -> None:
 
 
 def test_no_time_limit(job: Job) -> None:
-    job.judge = Judge(WatchdogLimits(hang_s=0, silence_s=SILENCE), 0.0)
+    job.judge = JobJudge(WatchdogLimits(hang_s=0, silence_s=SILENCE), 0.0)
     assert job.after(20 * HANG) == ""
 
 
 def test_a_rank_that_never_joins_is_named() -> None:
-    judge = Judge(WatchdogLimits(hang_s=HANG, silence_s=SILENCE), 0.0, range(4))
-    notes = {0: Progress(Note(host="node0")), 2: Progress(Note(host="node1"))}
+    judge = JobJudge(WatchdogLimits(hang_s=HANG, silence_s=SILENCE), 0.0, range(4))
+    notes = {0: RankProgress(Note(host="node0")), 2: RankProgress(Note(host="node1"))}
     verdict, now = "", 0.0
     while not verdict and now < 10 * HANG:
         now += 1
@@ -123,8 +123,8 @@ def test_a_rank_that_never_joins_is_named() -> None:
 
 
 def test_a_rank_that_stops_before_it_says_anything_is_silent_once_all_have_met() -> None:
-    judge = Judge(WatchdogLimits(hang_s=0.0, silence_s=SILENCE), 0.0, range(2))
-    progress, verdict, now = Progress(Note(host="node0")), "", 0.0
+    judge = JobJudge(WatchdogLimits(hang_s=0.0, silence_s=SILENCE), 0.0, range(2))
+    progress, verdict, now = RankProgress(Note(host="node0")), "", 0.0
     while now < 10 * SILENCE:
         now += 1
         progress.tick()
@@ -138,7 +138,7 @@ def test_a_rank_that_stops_before_it_says_anything_is_silent_once_all_have_met()
 
 
 def test_ranks_that_come_late_are_waited_for() -> None:
-    judge = Judge(WatchdogLimits(hang_s=HANG, silence_s=2 * HANG), 0.0, range(2))
+    judge = JobJudge(WatchdogLimits(hang_s=HANG, silence_s=2 * HANG), 0.0, range(2))
     first = Note(host="node0")
     assert judge.judge({0: first}, HANG) == ""
     assert judge.judge({0: replace(first, beats=1), 1: Note()}, 2 * HANG) == ""

@@ -18,7 +18,7 @@ import ahocorasick
 import numpy as np
 
 from reflectron.engine.data.conversation import BadRecord
-from reflectron.engine.data.sources import Chunk
+from reflectron.engine.data.sources import RecordChunk
 from reflectron.tools.data.benchmarks import Fragment, Part
 from reflectron.tools.data.corpus import Text, squeezed, texts, word_hash, word_spans, words
 
@@ -101,7 +101,7 @@ class Detector:
     allowed: tuple[Allowed, ...] = ()
     columns: tuple[str, ...] = ()
 
-    def __call__(self, chunk: Chunk) -> list[Finding]:
+    def __call__(self, chunk: RecordChunk) -> list[Finding]:
         """The chunk's records that must go, in order."""
         findings: dict[int, Finding] = {}
         read: list[tuple[int, Text]] = []

@@ -21,7 +21,7 @@ import numpy as np
 
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
-from reflectron.engine.data.sources import Chunk, map_chunks, read_chunks
+from reflectron.engine.data.sources import RecordChunk, map_chunks, read_chunks
 from reflectron.tools.data.corpus import texts, words
 from reflectron.tools.data.minhash import Bands, band_keys, choose_bands, jaccard, shingle
 
@@ -104,7 +104,7 @@ class _Signer:
     similarity: Similarity
     cut: Bands
 
-    def __call__(self, chunk: Chunk) -> _Signed:
+    def __call__(self, chunk: RecordChunk) -> _Signed:
         digests: list[bytes] = []
         split: list[list[str]] = []
         unreadable: dict[int, str] = {}
