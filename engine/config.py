@@ -188,10 +188,10 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (AdamW only)."""
     overlap_grad_reduce: bool | None = None
-    """Reduce gradients over replicas bucket by bucket while the backward goes on; null does so on CUDA where there are
+    """Reduce gradients over replicas bucket by bucket while the backward continues; null does so on CUDA where there are
     replicas."""
     overlap_param_gather: bool | None = None
-    """Gather the parameters that the distributed optimizer has updated while the next forward goes on; null does so
+    """Gather the parameters that the distributed optimizer has updated while the next forward runs; null does so
     where gradients are reduced that way. Needs ``overlap_grad_reduce``."""
     bucket_size: int | None = None
     """Parameters that are reduced or gathered together when that overlaps; null takes megatron-core's 40 million, or
@@ -241,7 +241,7 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class BackendsConfig:
     """Which implementation computes what; ``auto`` takes the first of the list that works on the machine, the plain one
-    at its end always does. What a run took is printed at its start, and may change when it goes on."""
+    at its end always does. What a run took is printed at its start, and may change when it resumes."""
 
     attention: Literal[
         "auto",
@@ -420,7 +420,7 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none."""
     asynchronous: bool = False
-    """Write while training goes on; takes memory for a copy of this rank's share on the CPU."""
+    """Write while training continues; takes memory for a copy of this rank's share on the CPU."""
     resume: Literal["auto", "never"] = "auto"
     """``auto`` continues the run in ``output_dir``; ``never`` starts over and puts what it holds aside."""
 

@@ -26,7 +26,7 @@ _TEMPORARY = re.compile(r"\.[\w.-]+-\d+-[0-9a-f]{8}\.(partial|tmp)$")
 
 
 def temporary_name(name: str, suffix: str = "tmp") -> str:
-    """A name beside ``name`` that nobody else takes: with host, process and a random part."""
+    """Return a name beside ``name`` that nobody else takes: with host, process and a random part."""
     host = re.sub(r"[^\w.-]", "_", socket.gethostname())
     return f"{name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.{suffix}"
 
@@ -65,7 +65,7 @@ def sync(path: Path) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether what stands there hands on what is written, as devices, pipes and ``/dev/stdout`` do."""
+    """Return whether what stands there hands on what is written, as devices, pipes and ``/dev/stdout`` do."""
     folder = path.absolute().parent.resolve()
     # There names stand for what is open, a file that stdout was sent to included.
     named = folder == Path("/dev") or folder.is_relative_to("/proc")
@@ -74,7 +74,7 @@ def is_stream(path: Path) -> bool:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A stream to a temporary file beside ``path``, which is brought to the disk and only then gets its name.
+    """Open a stream to a temporary file beside ``path``, which is synced to the disk and only then gets its name.
 
     A stream, as ``/dev/stdout``, is written to and not replaced.
 
@@ -126,7 +126,7 @@ def append_whole(descriptor: int, rows: bytes) -> None:
 
 
 def end_of_rows(descriptor: int) -> int:
-    """Bytes of an open file up to its last line end; what a killed writer left behind that is no row."""
+    """Return the bytes of an open file up to its last line end; what a killed writer left behind that is no row."""
     end = os.fstat(descriptor).st_size
     while end:
         start = max(end - (1 << 16), 0)
@@ -153,12 +153,12 @@ def free_bytes(folder: Path) -> int:
 
 
 def gib(size: int) -> str:
-    """A number of bytes as a user reads it; small ones in MiB."""
+    """Return a number of bytes as a user reads it; small ones in MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in ``path``.
+    """Return the object in ``path``.
 
     Raises:
         OSError: when the file cannot be read.

@@ -70,7 +70,7 @@ class Holder:
 
     @staticmethod
     def this_process(env: Mapping[str, str] = os.environ) -> Holder:
-        """This process, with a new token."""
+        """Return this process, with a new token."""
         job = env.get("SLURM_JOB_ID", "")
         attempt = env.get("SLURM_RESTART_COUNT", "")
         return Holder(
@@ -85,7 +85,7 @@ class Holder:
         )
 
     def is_dead(self, me: Holder) -> bool | None:
-        """Whether its process has ended; None when that cannot be known from here."""
+        """Return whether its process has ended; None when that cannot be known from here."""
         if self.machine == me.machine:
             return _started(self.pid) != self.started
         if self.job and self.job == me.job and self.attempt < me.attempt:
@@ -213,7 +213,7 @@ def _in_use(what: str, holder: Holder | None, path: Path) -> str:
 
 
 def inherited_lock(path: Path, env: Mapping[str, str] = os.environ) -> JobLock | None:
-    """The lock ``path`` as taken by the process that started this one; None when it did not.
+    """Return the lock ``path`` as taken by the process that started this one; None when it did not.
 
     Raises:
         LockLost: when another job has taken it over meanwhile.
@@ -351,12 +351,12 @@ def _read(path: Path) -> Holder | None:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """For reading; a pipe in the place of the file is not waited for."""
+    """Open the file for reading; a pipe in its place is not waited for."""
     return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """What changes with a sign of life. Opened first: a network file system then asks its server."""
+    """Return what changes with a sign of life. Opened first: a network file system then asks its server."""
     try:
         with _opened(path) as stream:
             found = os.fstat(stream.fileno())
@@ -377,7 +377,7 @@ def _same_file(path: Path, descriptor: int) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine began; None when it has ended."""
+    """Return when a process of this machine began; None when it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -387,7 +387,7 @@ def _started(pid: int) -> int | None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and the namespace of its process numbers."""
+    """Return this boot of this machine, and the namespace of its process numbers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

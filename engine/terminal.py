@@ -57,7 +57,7 @@ def protect_streams() -> None:
 
 @contextlib.contextmanager
 def protected_streams() -> Iterator[None]:
-    """The filter while a command runs."""
+    """Filter both streams while a command runs."""
     before = sys.stdout, sys.stderr
     protect_streams()
     try:
@@ -74,7 +74,7 @@ def _protected(stream: TextIO) -> TextIO:
 
 
 def console(*, stderr: bool = False, **options: Any) -> Console:
-    """A rich console for text of others: no markup, no highlighting, control characters escaped.
+    """Return a rich console for text of others: no markup, no highlighting, control characters escaped.
 
     Args:
         stderr: draw on standard error instead of standard output.
@@ -90,7 +90,7 @@ def console(*, stderr: bool = False, **options: Any) -> Console:
             return super().render_str(visible(text), **named)
 
         def render(self, *args: Any, **named: Any) -> Iterator[Segment]:
-            """What rich draws, its own control codes kept."""
+            """Yield what rich draws, its own control codes kept."""
             for segment in super().render(*args, **named):
                 yield segment if segment.control else Segment(visible(segment.text), segment.style)
 

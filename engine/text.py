@@ -10,7 +10,7 @@ _SHOWN_CHARACTERS = 300
 
 
 def printable(text: object, most: int = _SHOWN_CHARACTERS) -> str:
-    """``str(text)`` on one line, with everything that is not printable escaped as Python escapes it.
+    """Return ``str(text)`` on one line, with everything that is not printable escaped as Python escapes it.
 
     Line breaks and tabs become single spaces. Characters that reorder or hide others (bidirectional marks, zero-width
     and private ones, lone surrogates) are escaped as well, which is what ``str.isprintable`` calls not printable.
@@ -28,7 +28,8 @@ def printable(text: object, most: int = _SHOWN_CHARACTERS) -> str:
 
 
 def visible(text: str) -> str:
-    """Text of any number of lines, with every character escaped that moves a cursor, hides or reorders others.
+    """Return the text of any number of lines, with every character escaped that moves a cursor, hides or reorders
+    others.
 
     Line ends, tabs and the spaces of other scripts stay. Lone surrogates are escaped, so that any stream can take it.
     """

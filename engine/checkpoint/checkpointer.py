@@ -103,7 +103,7 @@ class Checkpointer:
         self._saving: _Save | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after ``step`` updates."""
+        """Return whether a checkpoint belongs after ``step`` updates."""
         every = self.config.checkpoint.save_every
         return bool(every) and step % every == 0
 
@@ -188,7 +188,7 @@ class Checkpointer:
             self.report(f"checkpoint  {step_folder(self.root, save.step)} ({seconds:.1f} s)")
 
     def _commit(self, save: _Save, results: list[list[WriteResult]], digests: list[dict[str, FileDigest]]) -> None:
-        """On the main rank: index, manifest, rename, ``latest``; then remove what need not be kept."""
+        """Write index and manifest, rename, point ``latest`` to it and remove what need not be kept, on the main rank."""
         folder = save.planned.folder
         save.planned.write_index(results)
         files = {name: digest for mapping in digests for name, digest in mapping.items()}
@@ -217,12 +217,12 @@ class Checkpointer:
         remove_surplus(self.root, save.step, keep.keep_last, keep.keep_every)
 
     def _report_failure(self, step: int, error: str) -> None:
-        self.report(f"the checkpoint of step {step} could not be written, training goes on: {error}")
+        self.report(f"the checkpoint of step {step} could not be written, training continues: {error}")
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on."""
+    """Where a run resumes."""
 
     folder: Path
     """An intact checkpoint."""
@@ -233,11 +233,11 @@ class ResumePoint:
 
 
 def find_resume_point(root: Path, identity: dict[str, Any]) -> ResumePoint | None:
-    """The newest intact checkpoint up to ``latest``; each rank reads its share of the files.
+    """Return the newest intact checkpoint up to ``latest``; each rank reads its share of the files.
 
     Args:
         root: the run's checkpoints.
-        identity: of the run that wants to go on.
+        identity: of the run that resumes.
 
     Returns:
         None when there is no checkpoint.
@@ -267,7 +267,7 @@ def find_resume_point(root: Path, identity: dict[str, Any]) -> ResumePoint | Non
 
 
 def _read_intact(folder: Path) -> Manifest | str:
-    """The manifest when all files are as it says, else what is wrong; the same on all ranks."""
+    """Return the manifest when all files are as it says, else what is wrong; the same on all ranks."""
     manifest, error = None, ""
     try:
         manifest = read_manifest(folder)
@@ -285,7 +285,8 @@ def _read_intact(folder: Path) -> Manifest | str:
 
 
 def parallel_layout(groups: ParallelGroups, chunks: int) -> dict[str, int]:
-    """The sizes that place a rank's tensors; ``chunks`` is how many the interleaved pipeline gives each stage."""
+    """Return the sizes that place a rank's tensors; ``chunks`` is how many the interleaved pipeline gives each
+    stage."""
     return {
         "tensor_model_parallel_size": groups.tp.size(),
         "pipeline_model_parallel_size": groups.pp.size(),

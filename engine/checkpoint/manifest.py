@@ -79,7 +79,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint folder.
+    """Return the manifest of a checkpoint folder.
 
     Raises:
         DamagedCheckpoint: when it is missing, cut short, changed, or of another version.

@@ -20,27 +20,27 @@ _LATEST = "latest"
 
 
 def checkpoints_folder(output_dir: str) -> Path:
-    """Where the checkpoints of a run are."""
+    """Return where the checkpoints of a run are."""
     return Path(output_dir) / "checkpoints"
 
 
 def export_folder(output_dir: str) -> Path:
-    """Where the trained model of a run is, for Hugging Face's programs."""
+    """Return where the trained model of a run is, for Hugging Face's programs."""
     return Path(output_dir) / "export"
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Folder of the checkpoint after ``step`` updates."""
+    """Return the folder of the checkpoint after ``step`` updates."""
     return root / f"step_{step:08d}"
 
 
 def partial_folder(root: Path, step: int) -> Path:
-    """A new name for the folder in which that checkpoint is written before it is complete."""
+    """Return a new name for the folder in which that checkpoint is written before it is complete."""
     return root / temporary_name(step_folder(root, step).name, "partial")
 
 
 def saved_steps(root: Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
+    """Return the steps of the complete checkpoints, ascending."""
     if not root.is_dir():
         return []
     matches = (_STEP.fullmatch(path.name) for path in root.iterdir())
@@ -58,7 +58,8 @@ class Candidates:
 
 
 def steps_to_try(root: Path) -> Candidates:
-    """The latest checkpoint and those before it, newest first; all of them where ``latest`` cannot be trusted."""
+    """Return the latest checkpoint and those before it, newest first; all of them where ``latest`` cannot be
+    trusted."""
     saved, latest = saved_steps(root)[::-1], root / _LATEST
     if not saved:
         return Candidates(())
@@ -120,7 +121,7 @@ def remove_partial(root: Path) -> None:
 
 
 def surplus(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
-    """Of ascending ``steps``, those that are neither among the ``keep_last`` newest nor multiples of ``keep_every``.
+    """Return those of ascending ``steps`` that are neither among the ``keep_last`` newest nor multiples of ``keep_every``.
 
     ``keep_every`` 0 keeps no multiples.
     """

@@ -69,7 +69,7 @@ class _SavePlanner(MCoreSavePlanner):
                 self._copies[item.index] = super().resolve_data(item).detach().to("cpu", copy=True)
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """What ``write_item`` writes: a tensor or a buffer."""
+        """Return what ``write_item`` writes: a tensor or a buffer."""
         # Popped: memory is given back while the file grows.
         staged = self._copies.pop(write_item.index, None)
         return super().resolve_data(write_item) if staged is None else staged
@@ -92,7 +92,7 @@ class PlannedSave:
 
     @property
     def bytes(self) -> int:
-        """Of this rank's tensors."""
+        """Bytes of this rank's tensors."""
         parts = [item.tensor_data for item in self.plan.items if item.tensor_data is not None]
         return sum(part.chunk.sizes.numel() * part.properties.dtype.itemsize for part in parts)
 
@@ -105,7 +105,7 @@ class PlannedSave:
         return self.writer.write_data(self.plan, self.planner).wait() if self.plan.items else []
 
     def write_index(self, results: list[list[WriteResult]]) -> None:
-        """On the main rank, after all ranks' ``results``: make the folder complete for ``dist_checkpointing.load``.
+        """Make the folder complete for ``dist_checkpointing.load``, on the main rank after all ranks' ``results``.
 
         Raises:
             OSError, RuntimeError: when it cannot be written.
@@ -119,7 +119,7 @@ def plan_save(state: TrainingState, folder: Path, *, copy: bool) -> PlannedSave:
 
     Args:
         folder: where it will be written.
-        copy: copy this rank's tensors now, so that training may go on before they are on disk.
+        copy: copy this rank's tensors now, so that training may continue before they are on disk.
     """
     sharded, common = save_preprocess(state.sharded_state(loading=False, rng=True) | {"content_metadata": CONTENT})
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -157,7 +157,7 @@ def load(state: TrainingState, folder: Path, *, updates: int, same_layout: bool)
 
 
 def load_checkpoint(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """``dist_checkpointing.load``, without what it unpickles; every rank calls it.
+    """Load as ``dist_checkpointing.load`` does, without what it unpickles; every rank calls it.
 
     Args:
         wanted: descriptions of all tensors and objects that are read.
@@ -240,11 +240,11 @@ class _Strategy(TorchDistLoadShardedStrategy):
         return loaded
 
     def load_tensors_metadata(self, checkpoint_dir: Any, metadata: Metadata | None = None) -> Any:
-        """Descriptions of the tensors in the folder."""
+        """Return the descriptions of the tensors in the folder."""
         return super().load_tensors_metadata(checkpoint_dir, metadata or self.reader.read_metadata())
 
     def load_sharded_metadata(self, checkpoint_dir: Any) -> Any:
-        """Descriptions of all that is in the folder."""
+        """Return the descriptions of all that is in the folder."""
         stored = self.reader.read_metadata().state_dict_metadata
         objects = [key for key, value in stored.items() if not isinstance(value, TensorStorageMetadata)]
         described = [ShardedObject.empty_from_unique_key(key) for key in objects]

@@ -56,7 +56,7 @@ class TrainingState:
     """Process groups."""
 
     def sharded_state(self, *, loading: bool, rng: bool) -> ShardedState:
-        """Descriptions of every tensor of this rank; every rank calls it.
+        """Return the descriptions of every tensor of this rank; every rank calls it.
 
         Args:
             loading: the tensors' content does not matter, and sharded optimizer state is not gathered.
@@ -149,7 +149,7 @@ class TrainingState:
                     group["step"] = step
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Every parameter of this rank, by a name that no other of them has."""
+        """Yield every parameter of this rank, by a name that no other of them has."""
         for index, chunk in enumerate(self.chunks):
             for name, parameter in chunk.named_parameters():
                 yield f"{_key(index)}.{name}", parameter
@@ -157,7 +157,7 @@ class TrainingState:
     # State that replicas share out ------------------------------------------------------------------------------------
 
     def _numbered(self, part: DistributedOptimizer) -> Iterator[tuple[int, str, torch.nn.Parameter]]:
-        """The parameters of ``part``: megatron-core's number of each, with its name."""
+        """Yield the parameters of ``part``: megatron-core's number of each, with its name."""
         names = {parameter: name for name, parameter in self._named_parameters()}
         parameters = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
         for index, parameter in enumerate(parameters):
@@ -260,7 +260,8 @@ class _AverageShare:
     """Ranks that hold parts of the average."""
 
     def whole(self) -> torch.Tensor:
-        """The whole average, the same on all ranks of ``shards``; averages are small, and parts may be uneven."""
+        """Return the whole average, the same on all ranks of ``shards``; averages are small, and parts may be
+        uneven."""
         if not self.split:
             return self.local
         whole = self.local.new_zeros(self.length)
@@ -309,7 +310,7 @@ def _initialized(part: MegatronOptimizer) -> torch.optim.Optimizer:
     elif isinstance(inner, HybridDeviceOptimizer):
         _initialize_offloaded(inner)
     elif part.config.use_precision_aware_optimizer:
-        # init_state_fn leaves out an argument that transformer-engine 2 asks for (megatron-core 0.16.1).
+        # init_state_fn omits an argument that transformer-engine 2 asks for (megatron-core 0.16.1).
         for parameter in _unseen_parameters(inner):
             inner.initialize_state(parameter, store_param_remainders=False)
     else:
@@ -318,7 +319,7 @@ def _initialized(part: MegatronOptimizer) -> torch.optim.Optimizer:
 
 
 def _unseen_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    """Those that have no state yet."""
+    """Return the parameters that have no state yet."""
     return [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state[p]]
 
 
@@ -358,7 +359,8 @@ def _without_states_of_norms(state: ShardedState) -> ShardedState:
 
 
 def _key(chunk: int) -> str:
-    """The place of a chunk in the state dict: megatron-core's optimizer expects this name where there are several."""
+    """Return the place of a chunk in the state dict: megatron-core's optimizer expects this name where there are
+    several."""
     return f"model{chunk}"
 
 

@@ -55,7 +55,7 @@ class BatchSource(Protocol):
         ...
 
     def samples(self, step: int) -> StepSamples:
-        """The samples of 0-based ``step``; nothing of them is read later.
+        """Return the samples of 0-based ``step``; nothing of them is read later.
 
         Raises:
             ValueError: when they cannot be had as the run began with them.
@@ -63,7 +63,7 @@ class BatchSource(Protocol):
         ...
 
     def sample_ids(self, step: int) -> list[SampleId]:
-        """The samples of 0-based ``step`` by name, in the order of ``samples``."""
+        """Return the samples of 0-based ``step`` by name, in the order of ``samples``."""
         ...
 
 
@@ -87,7 +87,7 @@ class StoreSource:
         self.total_steps, self.epochs = total_steps, epochs
 
     def refs(self, step: int) -> list[SampleRef]:
-        """The listings that 0-based ``step`` takes, in order."""
+        """Return the listings that 0-based ``step`` takes, in order."""
         return self.order.global_batch(step, self.config.batch.global_batch_size, self.epochs)
 
     def samples(self, step: int) -> StepSamples:

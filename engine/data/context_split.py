@@ -81,13 +81,14 @@ def split_tokens(segment_lengths: Sequence[int], sequence_length: int, size: int
 
 
 def _dealt(start: int, end: int, size: int) -> np.ndarray:
-    """How many of the numbers from ``start`` to below ``end`` leave the remainders 0 .. ``size`` - 1, int64 [size]."""
+    """Return how many of the numbers from ``start`` to below ``end`` leave the remainders 0 .. ``size`` - 1, int64
+    [size]."""
     remainders = np.arange(size)
     return (end - remainders + size - 1) // size - (start - remainders + size - 1) // size
 
 
 def share_of_pack(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
-    """What context-parallel rank ``rank`` of ``size`` needs to compute its share of a whole pack."""
+    """Return what context-parallel rank ``rank`` of ``size`` needs to compute its share of a whole pack."""
     split = split_tokens(microbatch.segment_lengths, len(microbatch.tokens), size)
     # Where each token of the pack lies once those of all ranks are gathered one behind the other.
     gathered_place = np.empty(len(microbatch.tokens), dtype=np.int64)
@@ -109,7 +110,7 @@ def share_of_pack(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
 
 
 def _share_of_rows(rows: LossRows, gathered_place: np.ndarray, rank: int, size: int) -> LossRows:
-    """The rank's part of the pairs and of the unpaired rows, and which hidden states travel for it."""
+    """Return the rank's part of the pairs and of the unpaired rows, and which hidden states travel for it."""
     per_rank = len(gathered_place) // size
     parts = {"pairs": _parts(len(rows.teacher_index), size), "unpaired rows": _parts(len(rows.index), size)}
 
@@ -141,6 +142,6 @@ def _share_of_rows(rows: LossRows, gathered_place: np.ndarray, rank: int, size: 
 
 
 def _parts(count: int, size: int) -> list[slice]:
-    """``count`` things in ``size`` parts, in order, that differ by one at most."""
+    """Return ``count`` things in ``size`` parts, in order, that differ by one at most."""
     bounds = [count * rank // size for rank in range(size + 1)]
     return [slice(start, end) for start, end in pairwise(bounds)]

@@ -68,7 +68,7 @@ class Conversation:
 
 
 def checked(conversation: Conversation) -> Conversation:
-    """The conversation, as it is.
+    """Return the conversation, as it is.
 
     Raises:
         BadRecord: when its structure is not that of its kind, it holds nothing to learn, or a content holds a tag.
@@ -105,17 +105,17 @@ def _check_supervision(conversation: Conversation) -> None:
 
 
 def present(columns: Mapping[str, object]) -> dict[str, object]:
-    """The columns that hold a value: null is none, and neither is the NaN that pandas writes for it."""
+    """Return the columns that hold a value: null is none, and neither is the NaN that pandas writes for it."""
     return {name: value for name, value in columns.items() if not (value is None or is_nan(value))}
 
 
 def is_nan(value: object) -> bool:
-    """Whether ``value`` is the number that differs from itself."""
+    """Return whether ``value`` is the number that differs from itself."""
     return isinstance(value, float) and value != value
 
 
 def checked_text(value: object, where: str) -> str:
-    """``value``, which is text that any file can hold.
+    """Return ``value``, which is text that any file can hold.
 
     Raises:
         BadRecord: when it is not.
@@ -131,6 +131,6 @@ def checked_text(value: object, where: str) -> str:
 
 
 def shown_value(value: object) -> str:
-    """A value as a reason shows it."""
+    """Return a value as a reason shows it."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

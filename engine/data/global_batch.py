@@ -96,7 +96,7 @@ def lay_out(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> GlobalBatch:
-    """``assemble`` for samples that have been weighed."""
+    """Pack samples that have been weighed; see ``assemble``."""
     budget, multiple = packing_sizes(config)
     plan = plan_packs(
         np.array([len(v.input_ids) for v in views]),
@@ -123,7 +123,7 @@ def lay_out(
 
 
 def share_of_batch(batch: GlobalBatch, context_parallel_rank: int, context_parallel_size: int) -> GlobalBatch:
-    """``batch`` with what one context-parallel rank computes of its microbatches."""
+    """Return ``batch`` with what one context-parallel rank computes of its microbatches."""
     if context_parallel_size == 1:
         return batch
     shares = (share_of_pack(whole, context_parallel_rank, context_parallel_size) for whole in batch.microbatches)
@@ -131,7 +131,7 @@ def share_of_batch(batch: GlobalBatch, context_parallel_rank: int, context_paral
 
 
 def count_tokens(views: Sequence[SampleViews]) -> TokenCounts:
-    """Tokens of ``views`` by kind."""
+    """Return the tokens of ``views`` by kind."""
     reflection = [v for v in views if not v.is_generation]
     teacher = sum(len(v.input_ids) for v in reflection)
     student = sum(len(v.student_positions) for v in reflection)
@@ -174,7 +174,7 @@ class GlobalBatches:
         self.context_parallel_rank, self.context_parallel_size = context_parallel_rank, context_parallel_size
 
     def batch(self, step: int) -> GlobalBatch:
-        """The batch of 0-based ``step``.
+        """Return the batch of 0-based ``step``.
 
         Raises:
             ValueError: when the source cannot give its samples.
@@ -191,8 +191,8 @@ class GlobalBatches:
         return share_of_batch(whole, self.context_parallel_rank, self.context_parallel_size)
 
     def from_step(self, first: int, device: torch.device | None = None) -> Iterator[GlobalBatch]:
-        """Batches from step ``first`` to the end, each prepared while the one before it is in use, where the source
-        knows steps ahead.
+        """Yield the batches from step ``first`` to the end, each prepared while the one before it is in use, where the
+        source knows steps ahead.
 
         For a CUDA ``device`` they lie in page-locked memory, so that the host need not wait while they are copied.
         """

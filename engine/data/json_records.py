@@ -38,7 +38,7 @@ class _Members:
         self._raw, self._new, self._decoder = raw, new, new()
 
     def read(self, size: int) -> bytes:
-        """At most ``size`` bytes; none at the end."""
+        """Read at most ``size`` bytes; none at the end."""
         while True:
             data = b""
             if self._decoder.eof:
@@ -51,7 +51,7 @@ class _Members:
                 return block
 
     def _behind(self) -> bytes:
-        """What follows the stream that has ended, from the first byte that is not zero."""
+        """Return what follows the stream that has ended, from the first byte that is not zero."""
         data = self._decoder.unused_data.lstrip(b"\0")
         while not data and (more := self._raw.read(_BLOCK_BYTES)):
             data = more.lstrip(b"\0")
@@ -117,13 +117,13 @@ class ByteBlocks:
 
 
 def starts_with(path: Path, magic: bytes) -> bool:
-    """Whether the file begins with ``magic``."""
+    """Return whether the file begins with ``magic``."""
     with path.open("rb") as stream:
         return stream.read(len(magic)) == magic
 
 
 def _decompressed(raw: IO[bytes]) -> Any:
-    """A stream with ``read``; a file's name says nothing about its compression."""
+    """Return a stream with ``read``; a file's name says nothing about its compression."""
     head = raw.read(max(map(len, _DECOMPRESSORS)))
     raw.seek(0)
     return next((opened(raw) for magic, opened in _DECOMPRESSORS.items() if head.startswith(magic)), raw)
@@ -203,7 +203,7 @@ def decode(value: bytes, errors: Undecodable = "strict") -> object:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The last of two values would win silently."""
+    """Refuse a key that is there twice: the last of two values would win silently."""
     columns = dict(pairs)
     if len(columns) < len(pairs):
         names = [name for name, _ in pairs]
@@ -228,14 +228,14 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
 
 
 def _elements(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
-    """The elements of an array; its first byte that is not blank is its bracket."""
+    """Yield the elements of an array; its first byte that is not blank is its bracket."""
     line, elements, last = 1, 0, b""
     for text, mark in _joined(_cuts(blocks)):
         value = text.strip()
         begins = line + text[: len(text) - len(text.lstrip())].count(b"\n")
         line += text.count(b"\n")
         if last == b"]" and (value or mark):
-            raise ValueError(f"line {begins} goes on behind the end of its JSON array, expected one array")
+            raise ValueError(f"line {begins} continues behind the end of its JSON array, expected one array")
         if last != b"]" and mark == b"":
             raise ValueError(f"its JSON array has no end: it is cut on line {line}, behind {elements} whole elements")
         if mark == b"}":
@@ -260,7 +260,8 @@ def _joined(cuts: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]
 
 
 def _cuts(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Text, and the mark behind it that cuts the outermost array: ``[``, ``,`` or ``]``; no mark at a block's end."""
+    """Yield the text, and the mark behind it that cuts the outermost array: ``[``, ``,`` or ``]``; no mark at a block's
+    end."""
     depth, start = 0, 0
     for block, position, mark in _marks(blocks):
         depth += (mark in _OPENING) - (mark in _CLOSING)
@@ -273,7 +274,7 @@ def _cuts(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _marks(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, int, bytes]]:
-    """Each bracket, brace and comma outside of strings: its block, its place there, and itself.
+    """Yield each bracket, brace and comma outside of strings: its block, its place there, and itself.
 
     A block's end comes as a mark of ``_BLOCK_END``: a quote when it lies inside a string.
     """
@@ -322,14 +323,14 @@ def _check_one_a_line(first: list[RawRecord]) -> None:
         raise ValueError(f"it is one JSON object, {reason}")
     if len(first) == 2 and not isinstance(rows[1], dict) and _goes_on(first[0][1], first[1][1]):
         raise ValueError(
-            f"line {first[0][0]} begins a JSON object that goes on over several lines, expected one record a line or "
+            f"line {first[0][0]} begins a JSON object that spans several lines, expected one record a line or "
             "one array: `jq -c . FILE` writes each object on a line, `jq -c '.data[]' FILE` the objects of its list "
             "'data'"
         )
 
 
 def _whole_data_set(row: dict[str, Any]) -> str | None:
-    """How an object holds many records, if it does, and what to do about it."""
+    """Return how an object holds many records, if it does, and what to do about it."""
     for name, value in row.items():
         inner = value if isinstance(value, list) else []
         is_part = name in _PARTS_OF_A_RECORD or any(isinstance(item, dict) and "role" in item for item in inner)
@@ -350,7 +351,8 @@ def _whole_data_set(row: dict[str, Any]) -> str | None:
 
 
 def _goes_on(line: bytes, following: bytes) -> bool:
-    """Whether an object that a line begins goes on behind it; one that was cut ends in a string or before another."""
+    """Return whether an object that a line begins continues behind it; one that was cut ends in a string or before
+    another."""
     marks = [mark for *_, mark in _marks([line])]
     unclosed = sum(mark in _OPENING for mark in marks) > sum(mark in _CLOSING for mark in marks) and marks[-1] != b'"'
     return line.startswith(b"{") and unclosed and (line.endswith(_OPENING) or not following.startswith(b"{"))

@@ -28,7 +28,7 @@ def mask_rate(step: int, total_steps: int) -> float:
 
 
 def visible_tokens(sample: TokenizedSample, mask: MaskConfig, rate: float, draws: Draws) -> np.ndarray | None:
-    """What the student sees of ``sample``: bool [N], or None for a generation sample, which has no student.
+    """Return what the student sees of ``sample``: bool [N], or None for a generation sample, which has no student.
 
     Args:
         sample: tokens and blocks.

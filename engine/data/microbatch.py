@@ -127,7 +127,7 @@ class LossRows:
 
 
 def row_fields(cls: type = LossRows) -> dict[str, RowField]:
-    """The fields of ``LossRows`` by name, each with what it describes.
+    """Return the fields of ``LossRows`` by name, each with what it describes.
 
     Raises:
         TypeError: naming a field whose annotation does not say it.
@@ -164,18 +164,18 @@ Record = TypeVar("Record", bound=Microbatch | LossRows | Segments | RowExchange)
 
 
 def to_device(record: Record, device: torch.device) -> Record:
-    """A copy whose tensors, and those of the records in it, are on ``device``; from page-locked memory the host does
-    not wait for it."""
+    """Return a copy whose tensors, and those of the records in it, are on ``device``; from page-locked memory the host
+    does not wait for it."""
     return _converted(record, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def page_locked(record: Record) -> Record:
-    """A copy in memory that a CUDA device fetches from by itself; made on the thread that has the device set."""
+    """Return a copy in memory that a CUDA device fetches from by itself; made on the thread that has the device set."""
     return _converted(record, torch.Tensor.pin_memory)
 
 
 def _converted(record: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy of a dataclass with its tensors converted, at any depth."""
+    """Return a copy of a dataclass with its tensors converted, at any depth."""
 
     def converted(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -34,7 +34,7 @@ class CostModel:
     per_token_squared: float
     """A view of L tokens costs this times L * L: attention."""
     per_row: float
-    """Of each row that bears a loss: the output layer."""
+    """For each row with a loss token: the output layer."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PackPlan:
 
 
 def microbatch_multiple(parallel: ParallelConfig) -> int:
-    """What each rank's number of microbatches is a multiple of."""
+    """Return what each rank's number of microbatches is a multiple of."""
     # The interleaved schedule runs its chunks in turn on groups of as many microbatches as there are stages. Smaller
     # groups wait for each other, larger ones keep more activations than the stages need to be busy.
     return parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
@@ -91,7 +91,7 @@ def plan_packs(
     Args:
         teacher_length: int [n], tokens of the teacher view (or of the generation sample).
         student_length: int [n], tokens of the student view, 0 without one.
-        rows: int [n], rows of both views that bear a loss.
+        rows: int [n], rows of both views with a loss token.
         tokens_per_microbatch: most tokens of a microbatch.
         data_parallel_size: ranks that share the global batch.
         cost: FLOPs per token, squared token and row.

@@ -52,7 +52,7 @@ class Draws:
         self._state = state
 
     def bits(self, count: int) -> np.ndarray:
-        """The first ``count`` numbers: uint64, uniform."""
+        """Return the first ``count`` numbers: uint64, uniform."""
         # Products and sums of arrays wrap around silently, as they shall.
         number = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(self._state)
         number = (number ^ (number >> np.uint64(30))) * np.uint64(_FIRST)
@@ -60,7 +60,7 @@ class Draws:
         return number ^ (number >> np.uint64(31))
 
     def order(self, count: int) -> np.ndarray:
-        """The numbers 0 to ``count - 1`` in random order, int64: sorted by 64 random bits each."""
+        """Return the numbers 0 to ``count - 1`` in random order, int64: sorted by 64 random bits each."""
         return np.argsort(self.bits(count), kind="stable")
 
 
@@ -109,22 +109,23 @@ class SampleOrder:
         self._epoch = functools.lru_cache(maxsize=2)(self._list_epoch)
 
     def epoch_length(self, epoch: int) -> int:
-        """Samples that ``epoch`` lists."""
+        """Return the samples that ``epoch`` lists."""
         return self._epoch_start(epoch + 1) - self._epoch_start(epoch)
 
     def total_samples(self, epochs: float) -> int:
-        """Samples of a run of ``epochs`` passes; of a last, partial one the share is rounded, and is at least one."""
+        """Return the samples of a run of ``epochs`` passes; of a last, partial one the share is rounded, and is at
+        least one."""
         whole = math.floor(epochs)
         part = epochs - whole
         rest = max(1, _round_half_up(part * self.epoch_length(whole))) if part else 0
         return self._epoch_start(whole) + rest
 
     def total_steps(self, epochs: float, global_batch_size: int) -> int:
-        """Steps of a run of ``epochs`` passes; the last global batch may be smaller."""
+        """Return the steps of a run of ``epochs`` passes; the last global batch may be smaller."""
         return math.ceil(self.total_samples(epochs) / global_batch_size)
 
     def global_batch(self, step: int, global_batch_size: int, epochs: float | None = None) -> list[SampleRef]:
-        """Samples of 0-based ``step``, in stream order; none after the end of the run.
+        """Return the samples of 0-based ``step``, in stream order; none after the end of the run.
 
         Args:
             step: updates before this one.
@@ -147,12 +148,12 @@ class SampleOrder:
         return refs
 
     def _epoch_start(self, epoch: int) -> int:
-        """Samples in all epochs before ``epoch``."""
+        """Return the samples in all epochs before ``epoch``."""
         shares = sum(_round_half_up(fraction * len(samples) * epoch) for _, fraction, samples in self._shares)
         return int(self._whole.sum()) * epoch + shares
 
     def _epoch_at(self, index: int) -> int:
-        """The epoch that holds sample ``index`` of the stream."""
+        """Return the epoch that holds sample ``index`` of the stream."""
         epoch = int(index / self._mean_epoch_length)
         while self._epoch_start(epoch) > index:
             epoch -= 1
@@ -174,7 +175,7 @@ class SampleOrder:
 
 
 def mask_draws(seed: int, ref: SampleRef) -> Draws:
-    """What the random mask strategies draw for one listing of a sample.
+    """Return what the random mask strategies draw for one listing of a sample.
 
     Keyed by (seed, epoch, sample, occurrence), so that a resumed or re-partitioned run draws the same.
     """

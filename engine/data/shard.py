@@ -51,7 +51,7 @@ class ShardHeader:
 
 
 def to_batch(lines: Sequence[int], results: Sequence[TokenizedSample | BadRecord]) -> pa.RecordBatch:
-    """Rows of a shard; a rejected record keeps its reason and has no tokens."""
+    """Return the rows of a shard; a rejected record keeps its reason and has no tokens."""
     samples = [None if isinstance(result, BadRecord) else result for result in results]
     reasons = [str(result) if isinstance(result, BadRecord) else None for result in results]
     columns = [
@@ -85,7 +85,7 @@ def write_shard(path: Path, header: ShardHeader, batches: Iterable[pa.RecordBatc
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """``write_whole`` for a file of a token store, whose folder is made.
+    """Write a file of a token store whole, after making its folder.
 
     Raises:
         OSError: one line naming the file; nothing unfinished is left.
@@ -128,7 +128,7 @@ class ShardBatch:
         return np.diff(self._token_offsets)[self.good_rows]
 
     def sample(self, row: int) -> TokenizedSample:
-        """The sample of a good row."""
+        """Return the sample of a good row."""
         start, end = self._token_offsets[row : row + 2]
         blocks = self._blocks[slice(*self._block_offsets[row : row + 2])].reshape(-1, 3)
         return TokenizedSample(

@@ -69,7 +69,7 @@ class Record:
         return parse_record(self.decoded())
 
     def decoded(self, errors: Undecodable = "strict") -> object:
-        """The record's value: named columns, unless its JSON holds something else.
+        """Return the record's value: named columns, unless its JSON holds something else.
 
         Args:
             errors: what becomes of bytes that are no UTF-8.
@@ -93,7 +93,7 @@ class RecordChunk:
     """Share of the file, 0 to 1, that has been read up to the end of this chunk."""
 
     def records(self) -> Iterator[Record]:
-        """The records in file order."""
+        """Yield the records in file order."""
         values = _rows(self.values) if isinstance(self.values, pa.RecordBatch) else self.values
         for offset, (line, value) in enumerate(zip(self.lines, values, strict=True)):
             yield Record(self.first_index + offset, line, value)
@@ -108,12 +108,12 @@ class SourceIdentity:
     sha256: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON header; ``SourceIdentity(**d)`` reads it back."""
+        """Return the values for a JSON header; ``SourceIdentity(**d)`` reads them back."""
         return asdict(self)
 
 
 def read_records(file: DataFile) -> Iterator[Record]:
-    """Every record of ``file`` in order; blank lines are no records.
+    """Yield every record of ``file`` in order; blank lines are no records.
 
     Raises:
         ValueError: when the file is missing, cannot be read, or holds no record.
@@ -123,7 +123,7 @@ def read_records(file: DataFile) -> Iterator[Record]:
 
 
 def read_rows(path: Path) -> Iterator[Record]:
-    """Every record of a local file of JSON, whatever its name; none where it is empty.
+    """Yield every record of a local file of JSON, whatever its name; none where it is empty.
 
     Raises:
         ValueError: when the file is missing or cannot be read.
@@ -134,7 +134,7 @@ def read_rows(path: Path) -> Iterator[Record]:
 
 
 def read_chunks(file: DataFile, size: int) -> Iterator[RecordChunk]:
-    """The records of ``file`` in order, ``size`` (the last chunk: at most ``size``) at a time.
+    """Yield the records of ``file`` in order, ``size`` (the last chunk: at most ``size``) at a time.
 
     Raises:
         ValueError: when the file is missing, cannot be read, or holds no record.
@@ -193,7 +193,7 @@ def _is_local(file: DataFile) -> bool:
             raise ValueError(f"data file {path} ends in {path.suffix!r}, expected one of {_EXPECTED_SUFFIXES}")
         return True
     if path.is_dir():
-        raise ValueError(f"data file {path} is a folder, expected a file or the id of a hub data set")
+        raise ValueError(f"data file {path} is a folder, expected a file or the id of a hub dataset")
     if path.exists():
         raise ValueError(f"data file {path} is a pipe or a device, expected a file: it is read more than once")
     if suffix in _SUFFIXES or name != path.name or path.is_absolute():
@@ -212,7 +212,7 @@ def _hub_dataset(name: str, split: str, revision: str | None = None) -> Any:
     except Exception as error:
         reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
         raise ValueError(
-            f"data file {name} does not exist, and no data set {name!r} with split {split!r} "
+            f"data file {name} does not exist, and no dataset {name!r} with split {split!r} "
             f"could be loaded from the hub ({reason})"
         ) from error
 

@@ -214,7 +214,8 @@ def _shard_path(folder: Path, settings: dict[str, Any], file: DataFile) -> Path:
 
 
 def _up_to_date(path: Path, file: DataFile) -> Shard | None:
-    """The finished shard of ``file``; None when there is none, it is damaged, or the file's content has changed."""
+    """Return the finished shard of ``file``; None when there is none, it is damaged, or the file's content has
+    changed."""
     try:
         shard = open_shard(path, verify=True)
     except (FileNotFoundError, ValueError):
@@ -280,7 +281,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _write_lists(folder: Path, files: Sequence[DataFile], shards: Sequence[Shard]) -> None:
-    """One JSON object for every record that is worth a look; a file that is listed twice appears once."""
+    """Write one JSON object for every record that is worth a look; a file that is listed twice appears once."""
     by_file = {(file.path, file.split, file.revision): shard for file, shard in zip(files, shards, strict=False)}
     rejects = [
         {"file": name, "line": line, "index": index, "reason": reason}

@@ -52,7 +52,7 @@ class TokenizedSample:
 
 
 def render(conversation: Conversation) -> str:
-    """The text of a conversation in the papers' format, without BOS and EOS."""
+    """Return the text of a conversation in the papers' format, without BOS and EOS."""
     parts = []
     for message in conversation.messages:
         blocks = "".join(f"<|{block.type}|>{block.content}<|endofblock|>" for block in message.blocks)
@@ -103,7 +103,7 @@ class _Encoded:
 
 
 def _spelt(texts: list[str], parts: list[list[int]], tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The special tokens among the ids of ``texts``; <unk> also stands for what the vocabulary does not have."""
+    """Return the special tokens among the ids of ``texts``; <unk> also stands for what the vocabulary does not have."""
     special = tokenizer.special_tokens
     found = special.keys() & {i for ids in parts for i in ids}
     unknown = tokenizer.settings.get("unk_token")
@@ -178,5 +178,5 @@ def _framed(text_ids: list[int], tokenizer: Tokenizer, max_length: int) -> np.nd
 
 
 def _next(ends: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """For each start the first of ``ends`` (ascending) behind it."""
+    """Return for each start the first of ``ends`` (ascending) behind it."""
     return ends[np.searchsorted(ends, starts)]

@@ -138,7 +138,7 @@ class Tokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``, special tokens included."""
+        """Return the text of ``ids``, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def chat_template(self) -> str:
@@ -226,7 +226,8 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
 
 
 def _prefix_space(backend: tokenizers.Tokenizer) -> dict[str, bool]:
-    """``add_prefix_space`` of a byte-level ``tokenizer.json``, as its side file spells it; nothing for others."""
+    """Return ``add_prefix_space`` of a byte-level ``tokenizer.json``, as its side file spells it; nothing for
+    others."""
     state = json.loads(backend.to_str())["pre_tokenizer"] or {}
     return {name: state[name] for name in ("add_prefix_space",) if name in state}
 

@@ -35,7 +35,7 @@ class SampleViews:
     pair_rows: np.ndarray
     """int64: rows a-1 .. N-2, where teacher and student predict the same token; empty for a generation sample."""
     pair_teacher_labels: np.ndarray
-    """int64, aligned with ``pair_rows``; -100 where the teacher's cross entropy leaves the row out."""
+    """int64, aligned with ``pair_rows``; -100 where the teacher's cross entropy skips the row."""
     pair_student_labels: np.ndarray
     """int64, aligned with ``pair_rows``; -100 on the row that predicts EOS."""
 
@@ -66,7 +66,7 @@ class SampleViews:
 
 
 def make_views(sample: TokenizedSample, visible: np.ndarray | None) -> SampleViews:
-    """The views of one sample.
+    """Return the views of one sample.
 
     Args:
         sample: the tokens.
@@ -100,7 +100,7 @@ class SampleWeights:
 
 
 def row_weights(views: Sequence[SampleViews], loss: LossConfig) -> list[SampleWeights]:
-    """Weights under which the sum over all rows of a global batch is its loss.
+    """Return the weights under which the sum over all rows of a global batch is its loss.
 
     ``sample``: the mean over samples of (sum of both cross entropies / their rows + divergence / its rows), as
     ReflectionCoder trains with one sample per device. ``token``: each term's mean over all its rows in the batch. Rows

@@ -86,15 +86,15 @@ class Seal:
         self._secret = os.environ.get(RUN_SECRET, "").encode()
 
     def prefix(self) -> str:
-        """The prefix of the keys, which nobody else knows."""
+        """Return the prefix of the keys, which nobody else knows."""
         return f"watchdog-{self._sign('prefix', b'')[:16]}"
 
     def close(self, key: str, text: str) -> str:
-        """``text`` with its signature."""
+        """Return ``text`` with its signature."""
         return self._sign(key, text.encode()) + text
 
     def open(self, key: str, sealed: bytes) -> str | None:
-        """What a rank of this run wrote under ``key``, or None when nobody of it did."""
+        """Return what a rank of this run wrote under ``key``, or None when nobody of it did."""
         if len(sealed) > _MOST_BYTES:
             return None
         signature, text = sealed[:64], sealed[64:]
@@ -107,12 +107,12 @@ class Seal:
 
 
 def note_text(note: Note) -> str:
-    """The note as it stands in the store."""
+    """Return the note as it stands in the store."""
     return json.dumps(asdict(note))
 
 
 def read_note(text: str) -> Note | None:
-    """The note of ``note_text``, its words fit for a terminal; None for any other text."""
+    """Return the note of ``note_text``, its words fit for a terminal; None for any other text."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -178,7 +178,7 @@ class JobJudge:
             seen.at += seconds
 
     def judge(self, notes: Mapping[int, Note], now: float) -> str:
-        """What is wrong, or nothing.
+        """Return what is wrong, or nothing.
 
         Args:
             notes: by rank; of a part of the ranks when the others are not watched or have not joined.
@@ -241,7 +241,7 @@ def _hung(notes: Mapping[int, Note], seconds: float) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Ranks in words, runs of them as a range: ``ranks 0-2, 5``."""
+    """Return the ranks in words, runs of them as a range: ``ranks 0-2, 5``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and runs[-1][1] == rank - 1:

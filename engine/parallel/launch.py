@@ -64,7 +64,7 @@ class ProcessPlace:
             raise ValueError(f"rank is {self.rank}, expected 0 to {self.world_size - 1} (world size {self.world_size})")
 
     def variables(self) -> dict[str, str]:
-        """The five variables of torchrun, as ``torch.distributed``'s ``env://`` reads them."""
+        """Return the five variables of torchrun, as ``torch.distributed``'s ``env://`` reads them."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -75,7 +75,7 @@ class ProcessPlace:
 
 
 def resolve_environment(env: Mapping[str, str]) -> ProcessPlace | None:
-    """The place that a launcher gave this process, or None when there was no launcher.
+    """Return the place that a launcher gave this process, or None when there was no launcher.
 
     torchrun wins over Slurm, so that one torchrun per Slurm task works. A Slurm step of one task counts as no launcher,
     be it that of an interactive shell, and so do salloc without srun and the body of an sbatch script: they see
@@ -112,7 +112,7 @@ def _slurm_place(env: Mapping[str, str], tasks: int) -> ProcessPlace:
 
 
 def _resolvable_address(node: str, env: Mapping[str, str]) -> str:
-    """``node``, or where this machine cannot resolve that name, another address of it that it can."""
+    """Return ``node``, or where this machine cannot resolve that name, another address of it that it can."""
     for address in _addresses(node, env):
         with suppress(OSError):
             socket.getaddrinfo(address, None)
@@ -121,7 +121,7 @@ def _resolvable_address(node: str, env: Mapping[str, str]) -> str:
 
 
 def _addresses(node: str, env: Mapping[str, str]) -> Iterator[str]:
-    """What ``node``, the first of the step, may be reached by; in containers and without DNS not by its name."""
+    """Yield what ``node``, the first of the step, may be reached by; in containers and without DNS not by its name."""
     yield node
     if shutil.which("scontrol"):
         command = ["scontrol", "--oneliner", "show", "node", node]
@@ -139,7 +139,7 @@ def first_host(node_list: str) -> str:
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:
-    """A port that all tasks of a step compute alike."""
+    """Return a port that all tasks of a step compute alike."""
     # The prime keeps the steps of consecutive jobs apart, which often share a machine.
     job, step = _integer(env, "SLURM_JOB_ID"), int(env.get("SLURM_STEP_ID", 0))
     return _PORTS[(job * 131 + step) % len(_PORTS)]
@@ -250,7 +250,7 @@ class _Supervisor:
         self.deadline: float | None = None
 
     def run(self) -> int:
-        """The exit code of the run."""
+        """Return the exit code of the run."""
         while self.running:
             event = self._next()
             if isinstance(event, _Signalled):
@@ -269,7 +269,7 @@ class _Supervisor:
         return self.failure or self.requeue or (128 + self.asked if self.asked else 0)
 
     def _next(self) -> _Event | None:
-        """The next event; None when it is time to look at the clock."""
+        """Return the next event; None when it is time to look at the clock."""
         began = time.monotonic()
         waits = [max(0.0, self.deadline - began)] if self.deadline is not None else []
         waits += [_LOOK_S] if self.stopped else []
@@ -315,7 +315,7 @@ class _Supervisor:
         seconds = max(self.stopped.values())
         print(
             f"reflectron: rank {ranks} was stopped (SIGSTOP) for {seconds:.0f} s; all ranks are ended, and the same "
-            f"command goes on from the last checkpoint (exit code {WATCHDOG_EXIT_CODE})",
+            f"command resumes from the last checkpoint (exit code {WATCHDOG_EXIT_CODE})",
             file=sys.stderr,
             flush=True,
         )
@@ -355,7 +355,7 @@ _LIBC = ctypes.CDLL(None)
 
 
 def die_with(parent: int) -> None:
-    """In a new rank, before exec: have the kernel kill it when its parent dies, even by SIGKILL."""
+    """Have the kernel kill a new rank, before its exec, when its parent dies, even by SIGKILL."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the request
         os._exit(1)
@@ -400,7 +400,8 @@ def _signals_to(events: SimpleQueue[_Event]) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on. Rank 0 takes it seconds later, so not one that the kernel hands out meanwhile."""
+    """Return a port that nobody listens on. Rank 0 takes it seconds later, so not one that the kernel hands out
+    meanwhile."""
     for port in random.sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))

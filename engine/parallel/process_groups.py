@@ -67,18 +67,18 @@ class ParallelGroups:
         return dist.get_rank() == 0
 
     def of(self, parameter: torch.Tensor) -> ParameterGroups:
-        """The groups of a parameter; megatron-core marks those of experts by ``allreduce = False``."""
+        """Return the groups of a parameter; megatron-core marks those of experts by ``allreduce = False``."""
         if getattr(parameter, "allreduce", True):
             return ParameterGroups(self.tp, self.dp_cp)
         return ParameterGroups(self.expt_tp, self.expt_dp)
 
     def barrier(self) -> None:
-        """Wait for the hosts of all ranks, while their devices go on."""
+        """Wait for the hosts of all ranks, while their devices continue."""
         dist.barrier(group=self.hosts)
 
 
 def device_type(parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
-    """The kind of device that ``parallel.device`` stands for on this machine.
+    """Return the kind of device that ``parallel.device`` stands for on this machine.
 
     Raises:
         ValueError: when CUDA is asked for and none is visible.
@@ -94,7 +94,7 @@ def device_type(parallel: ParallelConfig) -> Literal["cpu", "cuda"]:
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """Which of the ``visible`` CUDA devices is this rank's: that of its own number, or the only one.
+    """Return which of the ``visible`` CUDA devices is this rank's: that of its own number, or the only one.
 
     A launcher may show every rank its own device alone, as Slurm does with ``--gpus-per-task``.
 
@@ -151,7 +151,7 @@ def model_parallel_groups(
     timeout_minutes: float = 30,
     create_gloo_process_groups: bool = True,
 ) -> ParallelGroups:
-    """The groups of one layout over the processes that have joined; ``seed`` starts this rank's generators."""
+    """Return the groups of one layout over the processes that have joined; ``seed`` starts this rank's generators."""
     from megatron.core import parallel_state, tensor_parallel
 
     chunks = parallel.virtual_pipeline_model_parallel_size
@@ -185,7 +185,7 @@ def model_parallel_groups(
 
 
 def silence_upstream_warnings(kind: Literal["cpu", "cuda"]) -> None:
-    """Before megatron-core is imported: keep back what does not concern a job on that kind of device."""
+    """Filter warnings that do not concern a job on that kind of device; to be called before megatron-core is imported."""
     if kind == "cpu":
         # They ask for CUDA extensions, which `reflectron doctor` lists.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
@@ -194,7 +194,7 @@ def silence_upstream_warnings(kind: Literal["cpu", "cuda"]) -> None:
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
-    """The data-parallel size of a job of ``world_size`` processes.
+    """Return the data-parallel size of a job of ``world_size`` processes.
 
     Raises:
         ValueError: naming the keys and the number of processes.
@@ -212,7 +212,7 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def processes_of_a_replica(parallel: ParallelConfig) -> int:
-    """Ranks that one pack passes through."""
+    """Return the ranks that one pack passes through."""
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
@@ -246,21 +246,21 @@ def error_on_main(action: Callable[[], str | None]) -> str:
 
 
 def first_error(error: str) -> str:
-    """The error of the lowest rank that has one, the same on all ranks; every rank calls it with its own."""
+    """Return the error of the lowest rank that has one, the same on all ranks; every rank calls it with its own."""
     errors = [""] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), "")
 
 
 def from_main(value: T) -> T:
-    """The main rank's ``value``, on every rank."""
+    """Return the main rank's ``value``, on every rank."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
 def file_error(error: BaseException) -> str:
-    """Why a file could not be written: file and reason, where the system said so."""
+    """Return why a file could not be written: file and reason, where the system said so."""
     # torch's writer follows an OSError of the stream with a RuntimeError of its own.
     cause = error
     while not isinstance(cause, OSError) and cause.__context__ is not None:

@@ -17,7 +17,8 @@ _LOOPBACK_INTERFACE = "lo"
 
 
 def open_store(timeout_s: float) -> Store:
-    """This rank's connection to the store of the job that RANK, MASTER_ADDR and MASTER_PORT describe; rank 0 hosts it.
+    """Return this rank's connection to the store of the job that RANK, MASTER_ADDR and MASTER_PORT describe; rank 0
+    hosts it.
 
     Raises:
         RuntimeError: when it cannot be reached in time.
@@ -44,19 +45,19 @@ def open_store(timeout_s: float) -> Store:
 
 
 def connect_again(timeout_s: float) -> Store:
-    """A connection of its own to the same store: each allows one call at a time, which may wait."""
+    """Return a connection of its own to the same store: each allows one call at a time, which may wait."""
     host, port = master()
     store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
     return PrefixStore(_attempt(), store)
 
 
 def master() -> tuple[str, int]:
-    """Where the store listens."""
+    """Return where the store listens."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of this machine reach ``host``."""
+    """Return whether only processes of this machine reach ``host``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -48,12 +48,12 @@ class _Verdict:
     """A rank said itself why it ends, so others may be about to meet the same error."""
 
     def text(self) -> str:
-        """The verdict as it stands in the store; a digit in front says whether a rank has failed."""
+        """Return the verdict as it stands in the store; a digit in front says whether a rank has failed."""
         return f"{self.someone_failed:d}{self.words}"
 
     @staticmethod
     def of(text: str) -> _Verdict:
-        """The verdict of ``text``."""
+        """Return the verdict of ``text``."""
         return _Verdict(text[1:], text[:1] == "1")
 
 
@@ -86,7 +86,7 @@ class Watchdog:
         self._thread.join(_HEARING_S + 2 * _CONNECT_S)
 
     def stop(self) -> None:
-        """This rank has come to its end and must not be missed."""
+        """Say that this rank has come to its end and must not be missed."""
         self.progress.note = replace(self.progress.note, done=True)
         self._end_threads()
         atexit.unregister(self._end_threads)
@@ -182,18 +182,18 @@ class _Talk:
         return self._met.is_set()
 
     def has_met(self) -> None:
-        """This rank has met the others; who hosted the store may be gone before it is seen from here."""
+        """Note that this rank has met the others; who hosted the store may be gone before it is seen from here."""
         self._met.set()
 
     def heard(self) -> dict[int, Note]:
-        """The notes that this rank judges by."""
+        """Return the notes that this rank judges by."""
         if self.rank == 0 or 0 in self._notes:
             return self._notes
         # Before rank 0 says anything, answers of the store are its signs of life.
         return {0: Note(beats=self._rounds)}
 
     def order_of_failing(self) -> int:
-        """How many ranks had failed before this one, plus 1."""
+        """Return how many ranks had failed before this one, plus 1."""
         order = [1 << 20]
         asking = threading.Thread(target=self._count_failure, args=(order,), daemon=True)
         asking.start()
@@ -300,7 +300,7 @@ def _key(rank: int) -> str:
 
 
 def _lost_contact(error: BaseException) -> bool:
-    """Whether ``error`` came from a collective, so that another rank may be at fault."""
+    """Return whether ``error`` came from a collective, so that another rank may be at fault."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()

@@ -54,7 +54,7 @@ _MOST_COMPARED = 256
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Which tensors and objects ``folder`` holds and where; nothing that the file names is imported or called.
+    """Return which tensors and objects ``folder`` holds and where; nothing that the file names is imported or called.
 
     Raises:
         ValueError: in one line, when the file is missing, damaged, or holds anything else.
@@ -201,7 +201,7 @@ def check_whole(key: str, stored: TensorStorageMetadata) -> None:
 
 
 def _are_apart(stored: TensorStorageMetadata) -> bool:
-    """Whether no place of a tensor is in two of its parts, of which no two begin alike.
+    """Return whether no place of a tensor is in two of its parts, of which no two begin alike.
 
     Ranks cut a tensor into a grid, which is seen at a glance. Of other cuts each part is compared with each, up to a
     number of them.

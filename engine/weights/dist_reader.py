@@ -48,7 +48,7 @@ class DistReader(FileSystemReader):
         self.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def read_metadata(self) -> Metadata:
-        """What was read when this was made."""
+        """Return what was read when this was made."""
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -140,7 +140,7 @@ _PARAMETERS = ("decoder.", "embedding.", "output_layer.")
 
 
 def open_weights(folder: str | Path, arch: Architecture) -> SafetensorsSource | DistSource:
-    """The weights in ``folder``, in either format; ``arch`` is their architecture.
+    """Return the weights in ``folder``, in either format; ``arch`` is their architecture.
 
     Raises:
         ValueError: when it holds none, or others than those of ``arch``.
@@ -210,7 +210,7 @@ class DistSource:
             )
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the tensor with this Hugging Face name."""
+        """Return the type of the tensor with this Hugging Face name."""
         return self._stored(self._places[name][0]).properties.dtype
 
     def read(self, name: str, shape: tuple[int, ...], dim: int | None, start: int, stop: int) -> torch.Tensor:
@@ -232,7 +232,8 @@ class DistSource:
         return stored
 
     def _whole(self, tensor: CheckpointTensor) -> torch.Tensor:
-        """The parameter of one layer; the last one is kept, because its pieces are asked for one after the other."""
+        """Return the parameter of one layer; the last one is kept, because its pieces are asked for one after the
+        other."""
         if self._last is None or self._last[0] is not tensor:
             self._last = (tensor, self._read(tensor))
         return self._last[1]
@@ -267,7 +268,7 @@ class _Into(DefaultLoadPlanner):
 
 
 def chunk_of(tensor: CheckpointTensor) -> ChunkStorageMetadata:
-    """Where it lies in the stack of layers."""
+    """Return where it lies in the stack of layers."""
     offsets, sizes = [0] * len(tensor.shape), list(tensor.shape)
     if tensor.layer is not None:
         offsets, sizes = [tensor.layer, *offsets], [1, *sizes]

@@ -40,7 +40,7 @@ _REPLACED = ("_name_or_path", "original_max_position_embeddings", "partial_rotar
 
 
 def export_config(inputs: ModelInputs, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` of the trained model, which means the same to transformers 4.48 to 5 and to vLLM.
+    """Return ``config.json`` of the trained model, which means the same to transformers 4.48 to 5 and to vLLM.
 
     It is the original's with the new vocabulary, type and class. What the releases spell or default differently stands
     there in each of their ways.
@@ -109,7 +109,7 @@ def plan_files(sizes: Sequence[tuple[str, int]], max_file_bytes: int) -> ExportF
 
 
 def file_name(index: int, total: int) -> str:
-    """Of the weights file ``index`` of ``total``, as transformers names them."""
+    """Return the name of weights file ``index`` of ``total``, as transformers names them."""
     return "model.safetensors" if total == 1 else f"model-{index + 1:05d}-of-{total:05d}.safetensors"
 
 
@@ -127,17 +127,18 @@ SPARE_BYTES = 1 << 20
 
 
 def with_framing(tensor_bytes: int) -> int:
-    """Bytes of files that hold tensors of so many bytes."""
+    """Return the bytes of files that hold tensors of so many bytes."""
     return int(tensor_bytes * 1.02) + SPARE_BYTES
 
 
 def export_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Bytes that a Hugging Face checkpoint with weights of ``dtype`` takes."""
+    """Return the bytes that a Hugging Face checkpoint with weights of ``dtype`` takes."""
     return with_framing(_parameters(arch) * dtype.itemsize)
 
 
 def checkpoint_bytes(config: Config, arch: Architecture) -> int:
-    """Bytes that one training checkpoint takes: weights, float32 copies of bfloat16 ones, and AdamW's moments.
+    """Return the bytes that one training checkpoint takes: weights, float32 copies of bfloat16 ones, and AdamW's
+    moments.
 
     Adafactor's averages are rows and columns, which the framing's share covers.
     """
@@ -151,7 +152,7 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
 
 
 def lack_of_space(folder: Path, needed: dict[str, int]) -> str:
-    """Why ``needed``, bytes by what they are for, do not fit on the disk of ``folder``; empty when they do."""
+    """Return why ``needed``, bytes by what they are for, do not fit on the disk of ``folder``; empty when they do."""
     free, total = free_bytes(folder), sum(needed.values())
     if total <= free:
         return ""

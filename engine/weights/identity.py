@@ -71,7 +71,8 @@ def _pieces(stream: IO[bytes], size: int, whole: bool, is_safetensors: bool) -> 
 
 
 def _tensor_spans(stream: IO[bytes], size: int) -> list[tuple[int, int]]:
-    """Where each tensor of a safetensors file lies, in their order; nothing when the header says nothing sensible."""
+    """Return where each tensor of a safetensors file lies, in their order; nothing when the header says nothing
+    sensible."""
     length = int.from_bytes(stream.read(8), "little")
     if length > min(size, _LARGEST_HEADER):
         return []

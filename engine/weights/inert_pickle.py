@@ -69,7 +69,7 @@ class PickleLimits:
 
 
 def parse(data: bytes, names: Collection[str], limits: PickleLimits) -> Any:
-    """The one object of a pickle, of None, bool, int, float, str, bytes, tuples, lists and the nodes above.
+    """Return the one object of a pickle, of None, bool, int, float, str, bytes, tuples, lists and the nodes above.
 
     Args:
         data: the whole pickle; bytes after its end are refused.

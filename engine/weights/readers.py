@@ -27,7 +27,7 @@ class TensorSource(Protocol):
     """Named tensors that can be read in parts."""
 
     def read(self, name: str, shape: tuple[int, ...], dim: int | None, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` along ``dim`` of tensor ``name``, or all of it when ``dim`` is None.
+        """Return the rows ``start`` to ``stop`` along ``dim`` of tensor ``name``, or all of it when ``dim`` is None.
 
         ``shape`` is the shape that the model expects of the whole tensor; a range past its end is cut short.
 
@@ -62,7 +62,7 @@ class SafetensorsSource:
         return file_of or dict.fromkeys(self._open(single.name).keys(), single.name)
 
     def names(self) -> list[str]:
-        """The names of all tensors that transformers would load: those of all files that the index names.
+        """Return the names of all tensors that transformers would load: those of all files that the index names.
 
         Raises:
             ValueError: when a file is missing or damaged, or the index and the files disagree.
@@ -110,7 +110,7 @@ class SafetensorsSource:
             raise _unreadable(self.folder / file, error) from None
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the tensor with this name.
+        """Return the type of the tensor with this name.
 
         Raises:
             ValueError: when there is none, or its type is none that weights have.
@@ -133,7 +133,7 @@ class SafetensorsSource:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which tensor is in which file beside ``index``."""
+    """Return which tensor is in which file beside ``index``."""
     try:
         weight_map = read_object(index).get("weight_map")
     except OSError as error:

@@ -54,7 +54,8 @@ _PIECE = 16 << 20
 
 
 def read_torch_file(stream: IO[bytes] | io.RawIOBase) -> Any:
-    """The object in a seekable ``stream``: None, bool, numbers, text, bytes, containers, buffers, tensors on the CPU.
+    """Return the object in a seekable ``stream``: None, bool, numbers, text, bytes, containers, buffers, tensors on the
+    CPU.
 
     Raises:
         ForeignPickle: when it holds anything else, is cut short or of the format before torch 1.6.
@@ -91,7 +92,7 @@ class _TorchFileReader:
         return self.plain(parse(bytes(self.bytes_of("data.pkl", _LIMITS.bytes)), _NAMES, _LIMITS))
 
     def bytes_of(self, name: str, most: int) -> memoryview:
-        """A member's bytes, of which there are no more than the file has."""
+        """Return a member's bytes, of which there are no more than the file has."""
         member = self.members.get(name)
         if member is None:
             raise ForeignPickle(f"it has no member {name[:50]!r}")
@@ -114,7 +115,7 @@ class _TorchFileReader:
         return whole
 
     def plain(self, node: Any, depth: int = 0) -> Any:
-        """What ``node`` stands for."""
+        """Return what ``node`` stands for."""
         self.nodes += 1
         # The same list, in itself or many times over, costs a file nothing.
         if depth > _DEPTH or self.nodes > _LIMITS.nodes:
@@ -162,7 +163,7 @@ class _TorchFileReader:
         return content
 
     def tensor(self, storage: Outside, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None) -> torch.Tensor:
-        """A tensor whose places all lie inside its storage, each of them once."""
+        """Return a tensor whose places all lie inside its storage, each of them once."""
         match storage.key:
             case ("storage", Name(text=kind), str(key), str(), int()) if kind in _STORAGES:
                 dtype = dtype or _STORAGES[kind]
@@ -182,7 +183,7 @@ class _TorchFileReader:
         return torch.empty(0, dtype=dtype).set_(held.untyped_storage(), offset if places else 0, size, stride)
 
     def storage(self, key: str) -> memoryview:
-        """The bytes of the storage ``key``."""
+        """Return the bytes of the storage ``key``."""
         return self.bytes_of(f"data/{key}", 1 << 62)
 
 

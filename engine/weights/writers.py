@@ -165,7 +165,7 @@ def write_safetensors(
 
 
 def _write_file(stream: IO[bytes], pieces: Sequence[HfPiece], source: TensorSource, dtype: torch.dtype) -> None:
-    """The format of safetensors: length of the header (8 bytes, little-endian), header (JSON), tensors."""
+    """Write one file in the format of safetensors: length of the header (8 bytes, little-endian), header (JSON), tensors."""
     spelled = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -236,7 +236,7 @@ class _FromSource(DefaultSavePlanner):
 def _files(
     tensors: list[CheckpointTensor], arch: Architecture, dtype: torch.dtype, max_file_bytes: int
 ) -> list[list[WriteItem]]:
-    """What is written into each file."""
+    """Return what is written into each file."""
     files: list[list[WriteItem]] = [[_extra_state_item(key) for key in _extra_state_keys(arch)]]
     in_file = 0
     for tensor in tensors:

@@ -319,7 +319,7 @@ def test_unreadable_files_are_one_line(tmp_path: Path, tokenizer: Tokenizer) -> 
     for name, reason in {
         "missing.jsonl": "data file .*missing.jsonl does not exist",
         "missing.parquet": "data file .*missing.parquet does not exist",
-        "folder.jsonl": "data file .* is a folder, expected a file or the id of a hub data set",
+        "folder.jsonl": "data file .* is a folder, expected a file or the id of a hub dataset",
         "a.txt": "data file .*a.txt ends in '.txt', expected one of .jsonl, .json, .ndjson, .parquet",
         "broken.parquet": "data file .*broken.parquet cannot be read: ",
         "empty.jsonl": "data file .*empty.jsonl holds no record",

@@ -51,7 +51,7 @@ def evaluate(trainer: Trainer, report: Callable[[str], None]) -> dict[str, float
         trainer.export(folder / "export")
     except OSError as error:
         # On all ranks alike.
-        report(f"no evaluation: its export could not be written, training goes on: {error}")
+        report(f"no evaluation: its export could not be written, training continues: {error}")
         if trainer.groups.is_main:
             shutil.rmtree(folder, ignore_errors=True)
         return None

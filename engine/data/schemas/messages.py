@@ -38,7 +38,7 @@ class _Turn:
 
 
 def read(columns: Mapping[str, object]) -> Conversation:
-    """The conversation of a record that has ``messages``.
+    """Return the conversation of a record that has ``messages``.
 
     Raises:
         BadRecord: with the reason.
@@ -57,7 +57,7 @@ def read(columns: Mapping[str, object]) -> Conversation:
 
 
 def _with_system(turns: list[_Turn]) -> list[_Turn]:
-    """A system message becomes the first block of the user's turn behind it."""
+    """Make a system message the first block of the user's turn behind it."""
     if turns[0].role != "system":
         return turns
     if len(turns) == 1 or turns[1].role != "user":
@@ -116,7 +116,7 @@ def _is_supervised(where: str, role: str, weight: object) -> bool:
 
 
 def _block(where: str, block: object) -> tuple[Block, bool]:
-    """A block, and whether it is ReflectionSeq's (``content``) and not OpenAI's text part (``text``)."""
+    """Return a block, and whether it is ReflectionSeq's (``content``) and not OpenAI's text part (``text``)."""
     if not isinstance(block, dict):
         raise BadRecord(f"not an object: {where} is {shown_value(block)}, expected type and content")
     columns = present(block)

@@ -15,7 +15,7 @@ COLUMNS: tuple[tuple[str, ...], ...] = (_CODE_FEEDBACK, *_PAIRS, _PRIVILEGED)
 
 
 def read(columns: Mapping[str, object]) -> Conversation | None:
-    """The conversation of a record; None when the columns are those of no schema here.
+    """Return the conversation of a record; None when the columns are those of no schema here.
 
     Raises:
         BadRecord: with the reason.
