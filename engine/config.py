@@ -188,7 +188,7 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (AdamW only)."""
     overlap_grad_reduce: bool | None = None
-    """Reduce gradients over replicas bucket by bucket while the backward continues; null does so on CUDA where there are
+    """Reduce gradients over replicas bucket by bucket during the backward; null does so on CUDA where there are
     replicas."""
     overlap_param_gather: bool | None = None
     """Gather the parameters that the distributed optimizer has updated while the next forward runs; null does so

@@ -188,7 +188,7 @@ class Checkpointer:
             self.report(f"checkpoint  {step_folder(self.root, save.step)} ({seconds:.1f} s)")
 
     def _commit(self, save: _Save, results: list[list[WriteResult]], digests: list[dict[str, FileDigest]]) -> None:
-        """Write index and manifest, rename, point ``latest`` to it and remove what need not be kept, on the main rank."""
+        """Write index and manifest, rename, set ``latest``, remove what need not be kept; on the main rank."""
         folder = save.planned.folder
         save.planned.write_index(results)
         files = {name: digest for mapping in digests for name, digest in mapping.items()}

@@ -121,7 +121,7 @@ def remove_partial(root: Path) -> None:
 
 
 def surplus(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
-    """Return those of ascending ``steps`` that are neither among the ``keep_last`` newest nor multiples of ``keep_every``.
+    """Return those of ascending ``steps`` that are neither of the ``keep_last`` newest nor multiples of ``keep_every``.
 
     ``keep_every`` 0 keeps no multiples.
     """

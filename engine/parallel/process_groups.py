@@ -185,7 +185,7 @@ def model_parallel_groups(
 
 
 def silence_upstream_warnings(kind: Literal["cpu", "cuda"]) -> None:
-    """Filter warnings that do not concern a job on that kind of device; to be called before megatron-core is imported."""
+    """Filter warnings that do not concern a job on that kind of device; call it before importing megatron-core."""
     if kind == "cpu":
         # They ask for CUDA extensions, which `reflectron doctor` lists.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")

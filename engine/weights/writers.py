@@ -165,7 +165,7 @@ def write_safetensors(
 
 
 def _write_file(stream: IO[bytes], pieces: Sequence[HfPiece], source: TensorSource, dtype: torch.dtype) -> None:
-    """Write one file in the format of safetensors: length of the header (8 bytes, little-endian), header (JSON), tensors."""
+    """Write a safetensors file: length of the header (8 bytes, little-endian), header (JSON), tensors."""
     spelled = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -71,7 +71,7 @@ def test_training_goes_on_and_saves_again_when_there_is_room(small_disk: Path, t
     with start(config, output_dir, "checkpoint.save_every=5", "train.steps=60") as process:
         lines_to(process, "going on after step")
         filler.write_bytes(bytes(free(small_disk) - (1 << 20)))
-        failure = lines_to(process, "could not be written, training goes on")[-1]
+        failure = lines_to(process, "could not be written, training continues")[-1]
         assert "are free on the disk of" in failure
         assert {path.name: path.read_bytes() for path in older.iterdir()} == content
         assert (checkpoints / "latest").read_text(encoding="utf-8").split() == [latest]

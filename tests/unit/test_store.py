@@ -332,7 +332,7 @@ def test_unreadable_files_are_one_line(tmp_path: Path, tokenizer: Tokenizer) -> 
 
 def test_unknown_data_set_names_the_file_and_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"data file no/such does not exist, and no data set 'no/such' with split 'x'"):
+    with pytest.raises(ValueError, match=r"data file no/such does not exist, and no dataset 'no/such' with split 'x'"):
         list(read_records(DataFile(path="no/such", split="x")))
 
 
