@@ -30,6 +30,8 @@ WANDB = ["wandb>=0.16,<1"]
 # Fused layers where transformer-engine is not. Below 0.9, for the engine calls its operations rather than its modules.
 FUSED = ["liger-kernel>=0.8.5,<0.9", "triton>=3.4,<3.8"]
 ROOMS = ("engine", "kernels", "tools")
+# What commands read stands beside the code that reads it.
+READ = ("json", "jsonl", "yaml", "txt", "md", "html", "css", "csv", "model")
 
 
 def packages() -> list[str]:
@@ -49,6 +51,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=packages(),
     package_dir={f"reflectron.{room}": room for room in ROOMS},
+    package_data={f"reflectron.{room}": [f"**/*.{ending}" for ending in READ] for room in ROOMS},
     install_requires=[
         # Above 2.13 is untried; every older release that megatron-core accepts is allowed.
         "torch>=2.6,<2.14",
@@ -77,6 +80,8 @@ setup(
         # ruff and mypy up to what the code was written with, or their next release breaks an unchanged project.
         "test": [
             "pytest>=8,<10",
+            # A test builds a wheel: from here on it can without the package `wheel`.
+            "setuptools>=70.1",
             "pytest-xdist>=3.7,<4",
             "ruff>=0.6,<0.18",
             "mypy>=1.10,<2.5",

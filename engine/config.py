@@ -15,6 +15,15 @@ from typing import Any, Literal
 _RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
+# What computes each part of a run, in the order in which ``auto`` tries them; the last is plain and always works.
+AttentionBackend = Literal[
+    "transformer_engine", "flash_attention_3", "flash_attention_4", "flash_attention_2", "torch_varlen", "sdpa"
+]
+LayersBackend = Literal["transformer_engine", "liger", "torch"]
+WeightGradientBackend = Literal["apex", "addmm", "torch"]
+AdamwBackend = Literal["transformer_engine", "apex", "torch_fused", "torch"]
+
+
 def _require(ok: bool, key: str, value: Any, expected: str) -> None:
     if not ok:
         raise ValueError(f"{key} is {value!r}, expected {expected}")
@@ -243,22 +252,14 @@ class BackendsConfig:
     """Which implementation computes what; ``auto`` takes the first of the list that works on the machine, the plain one
     at its end always does. What a run took is printed at its start, and may change when it resumes."""
 
-    attention: Literal[
-        "auto",
-        "transformer_engine",
-        "flash_attention_3",
-        "flash_attention_4",
-        "flash_attention_2",
-        "torch_varlen",
-        "sdpa",
-    ] = "auto"
+    attention: Literal["auto", AttentionBackend] = "auto"
     """Attention of packed rows; ``sdpa`` is torch's scaled dot product, one call for each segment."""
-    layers: Literal["auto", "transformer_engine", "liger", "torch"] = "auto"
+    layers: Literal["auto", LayersBackend] = "auto"
     """Norms, rotation and SwiGLU; with transformer_engine the linear layers, too."""
-    weight_gradient: Literal["auto", "apex", "addmm", "torch"] = "auto"
+    weight_gradient: Literal["auto", WeightGradientBackend] = "auto"
     """How a linear layer's weight gradient gets into its float32 sum over microbatches: ``torch`` makes the gradient
     first and then adds it."""
-    adamw: Literal["auto", "transformer_engine", "apex", "torch_fused", "torch"] = "auto"
+    adamw: Literal["auto", AdamwBackend] = "auto"
     """AdamW's update; not used by Adafactor."""
 
 
@@ -311,7 +312,7 @@ class OptimizerConfig:
             value = getattr(self, key)
             _require(self.name == "adamw", f"optimizer.{key}", value, f"the default with optimizer.name {self.name}")
         if fraction and self.lowers_precision:
-            key = "exp_avg_dtype" if self.exp_avg_dtype != "float32" else "exp_avg_sq_dtype"
+            key = next(key for key in ("exp_avg_dtype", "exp_avg_sq_dtype") if getattr(self, key) != "float32")
             expected = "'float32' when optimizer.cpu_offload_fraction is above 0: the CPU's AdamW knows no other"
             _require(False, f"optimizer.{key}", getattr(self, key), expected)
 

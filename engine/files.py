@@ -1,25 +1,77 @@
-"""Files that appear whole or not at all, through temporary names that no two writers share, and rows that do likewise.
+"""Files that appear whole or not at all, rows that survive a kill, and others' text made fit to be shown and recorded.
 
-A file of rows grows by ``append_whole``; after a kill ``end_of_rows`` tells where its last whole row ends.
-
-A JSON file that others wrote comes in, its object goes out, or one line that says what the file holds instead.
+Temporary names are shared by no two writers. A file of rows grows by ``append_whole``; after a kill ``end_of_rows``
+tells where its last whole row ends. What ``printable`` and its kind return of a library's error, a server's reply or a
+program's answer has no control characters, so it moves no cursor, sets no terminal's title and forges no second line,
+and it is valid Unicode, so any file can take it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import secrets
 import shutil
 import socket
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from reflectron.engine.text import printable
+if TYPE_CHECKING:
+    pass
+
+_SHOWN_CHARACTERS = 300
+
+
+def printable(text: object, most: int = _SHOWN_CHARACTERS) -> str:
+    """Return ``str(text)`` on one line, with everything that is not printable escaped as Python escapes it.
+
+    Line breaks and tabs become single spaces. Characters that reorder or hide others (bidirectional marks, zero-width
+    and private ones, lone surrogates) are escaped as well, which is what ``str.isprintable`` calls not printable.
+
+    Args:
+        most: characters at most, those of the mark of a cut included.
+    """
+    # Cut first: escaping a reply of gigabytes would cost several times its size.
+    whole = str(text)
+    words = " ".join(whole[: 2 * most].split())
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
+    if len(shown) <= most and len(whole) <= 2 * most:
+        return shown
+    return shown[: most - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """Return the text of any number of lines, with every character escaped that moves a cursor, hides or reorders
+    others.
+
+    Line ends, tabs and the spaces of other scripts stay. Lone surrogates are escaped, so that any stream can take it.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if _is_shown(char) else char.encode("unicode_escape").decode() for char in text)
+
+
+def _is_shown(char: str) -> bool:
+    return char.isprintable() or char in "\n\t" or unicodedata.category(char) == "Zs"
+
+
+def one_line(error: BaseException) -> str:
+    """Return type and first line, and the last where the first is but a place, as Triton's compiler speaks."""
+    try:
+        lines = str(error).strip().splitlines() or [""]
+    except Exception:
+        # An error whose text is no text, as model-written code raises.
+        lines = [""]
+    said = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return printable(f"{type(error).__name__}: {said}")
+
 
 # What `temporary_name` puts behind a name; the end tells a glob what it is.
 _TEMPORARY = re.compile(r"\.[\w.-]+-\d+-[0-9a-f]{8}\.(partial|tmp)$")
@@ -137,7 +189,7 @@ def end_of_rows(descriptor: int) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal; the file is read in pieces."""
+    """Return the SHA-256 of a file's content, in hexadecimal; the file is read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(1 << 20):
@@ -146,7 +198,7 @@ def sha256_of(path: Path) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Space that is left on the disk of ``folder``, or of the nearest folder above it that exists."""
+    """Return the space that is left on the disk of ``folder``, or of the nearest folder above it that exists."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -172,3 +224,22 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def require(*modules: str, extra: str = "data") -> None:
+    """Check that packages are installed before anything is read or written.
+
+    Raises:
+        ValueError: naming the missing package and the extra that installs it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"the package {module} is not installed: pip install 'reflectron[{extra}]'")
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution, or None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -23,14 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from reflectron.engine.files import remove, temporary_name
-from reflectron.engine.text import printable
+from reflectron.engine.files import printable, remove, temporary_name
 
 LOCK_NAME = "job.lock"
 BEAT_S = 10.0
 SILENCE_S = 90.0
 _POLL_S = 0.2
-# Of file systems without hard links: FAT, and some that are programs (FUSE).
+# What file systems without hard links answer: FAT, and some that are programs (FUSE).
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
 # How a launcher tells its ranks which lock they work under.
 _INHERITED = "REFLECTRON_JOB_LOCK"
@@ -129,7 +128,7 @@ class JobLock:
             )
 
     def variables(self) -> dict[str, str]:
-        """Environment variables by which processes of this job find the lock."""
+        """Return the environment variables by which processes of this job find the lock."""
         return {_INHERITED: json.dumps([str(self.path.absolute()), self.token])}
 
     def release(self) -> None:
@@ -248,7 +247,7 @@ class _Watch:
         self._at = 0.0
 
     def verdict(self, path: Path) -> bool | None:
-        """True when it has been silent for long, False when it gave a sign of life, None when that is open."""
+        """Return True when it has been silent for long, False when it gave a sign of life, None when that is open."""
         state = _state(path)
         if self._seen is None or state is None:
             self._seen, self._at = state, time.monotonic()
@@ -339,7 +338,7 @@ def _cannot(path: Path, error: OSError) -> ValueError:
 
 
 def _read(path: Path) -> Holder | None:
-    """Who holds the lock; None when there is none or it is damaged."""
+    """Read who holds the lock; None when there is none or it is damaged."""
     try:
         with _opened(path) as stream:
             content = json.loads(stream.read(4096))

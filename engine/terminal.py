@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from reflectron.engine.text import visible
+from reflectron.engine.files import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +86,7 @@ def console(*, stderr: bool = False, **options: Any) -> Console:
 
     class ProtectedConsole(Console):
         def render_str(self, text: str, **named: Any) -> Text:
-            """Escaped before it is laid out, so that its width is right."""
+            """Escape a text before it is laid out, so that its width is right."""
             return super().render_str(visible(text), **named)
 
         def render(self, *args: Any, **named: Any) -> Iterator[Segment]:

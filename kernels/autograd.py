@@ -9,6 +9,7 @@ Legend: N pairs, M unpaired rows, R = 2N + M rows; d hidden width; V columns of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,71 +17,85 @@ from torch import Tensor
 
 from reflectron.kernels.products import without_autocast
 from reflectron.kernels.softmax_statistics import (
-    IGNORE_INDEX,
-    Groups,
-    HeadOptions,
-    RowData,
+    BackwardRows,
     Statistics,
     divergences,
     gather_shards,
     merge_statistics,
     weighted,
 )
-
-Codes = dict[Any, Any]
-
+from reflectron.kernels.types import (
+    IGNORE_INDEX,
+    GradientBuffers,
+    HeadLoss,
+    HeadOperands,
+    HeadOptions,
+    PairRows,
+    RowData,
+    Rows,
+)
 
 _INSTEAD = "expected one backward through it, or a loss of torch's own operations"
 
 
-class Passes(Protocol):
+class HeadPasses(Protocol):
     """The passes over the logits of one shard; all results are of its own columns only."""
 
-    def __init__(self, weight: Tensor, hidden: Groups, rows: RowData, options: HeadOptions, kept: Codes) -> None:
+    def __init__(self, inputs: HeadOperands, rows: RowData, options: HeadOptions, kept: dict[Any, Any]) -> None:
         """``kept`` is empty in the forward and comes back in the backward with what the forward left in it."""
 
     def statistics(self, training: bool) -> Tensor:
-        """[5, R] in the order of ``Statistics``; max and label logit -inf, sums 0 on a shard without columns."""
+        """Return [5, R] in the order of ``Statistics``, ``empty_statistics`` on a shard without columns."""
 
     def jsd_sums(self, stats: Statistics) -> Tensor:
-        """[2, N] sum p_t log(p_t / m) and sum p_s log(p_s / m), m the mixture."""
+        """Return [2, N] sum p_t log(p_t / m) and sum p_s log(p_s / m), m the mixture."""
 
-    def add_gradients(
-        self,
-        stats: Statistics,
-        student_mean: Tensor,
-        ce_weight: Tensor,
-        kl_weight: Tensor,
-        grad_hidden: list[Tensor | None],
-        grad_weight: Tensor | None,
-    ) -> None:
-        """Fill the zeros of ``grad_hidden`` and add to ``grad_weight`` [V, d]; None is not wanted."""
+    def add_gradients(self, at: BackwardRows, gradients: GradientBuffers) -> None:
+        """Fill and add to ``gradients``."""
+
+
+@dataclass(frozen=True)
+class _HeadCall:
+    """The constants of a call."""
+
+    passes: type[HeadPasses]
+    rows: RowData
+    options: HeadOptions
+    training: bool
 
 
 def apply_head(
-    passes: type[Passes],
+    passes: type[HeadPasses],
     weight: Tensor,
-    hidden: Groups,
-    labels: Groups,
-    ce_weights: Groups,
-    kl_weight: Tensor,
+    teacher_weight: Tensor | None,
+    pairs: PairRows,
+    rows: Rows,
     options: HeadOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (0-dim, differentiable), its detached terms [4] CE teacher, CE student, CE unpaired, divergence, and the
-    weighted cross entropy [M] of each unpaired row, detached.
-
-    Triples hold teacher [N], student [N] and unpaired [M] rows. Shapes, gradients and errors: ``distillation_head``.
-    """
+) -> HeadLoss:
+    """Return the loss and its terms; shapes, gradients and errors: ``distillation_head``."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"distillation_head works under no transform of torch.func (vmap, grad, jvp); {_INSTEAD}")
-    compute = torch.promote_types(weight.dtype, torch.float32)
-    label, kl_weight = torch.cat(labels), kl_weight.detach().to(compute)
+    inputs = HeadOperands(weight, teacher_weight, pairs.teacher_hidden, pairs.student_hidden, rows.hidden)
+    training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    call = _HeadCall(passes, _row_data(pairs, rows, options, weight.dtype), options, training)
+    loss, terms, rows_ce = _DistillationHead.apply(*inputs, call)
+    ce_teacher, ce_student, ce_rows, kl = terms.unbind()
+    return HeadLoss(loss, ce_teacher, ce_student, ce_rows, kl, rows_ce)
+
+
+def _row_data(pairs: PairRows, rows: Rows, options: HeadOptions, dtype: torch.dtype) -> RowData:
+    compute = torch.promote_types(dtype, torch.float32)
+    label = torch.cat([pairs.teacher_labels, pairs.student_labels, rows.labels])
+    kl_weight = pairs.kl_weight.detach().to(compute)
+    ce_teacher = pairs.ce_teacher_weight
+    ce_weights = (
+        torch.zeros_like(pairs.kl_weight) if ce_teacher is None else ce_teacher,
+        pairs.ce_student_weight,
+        rows.ce_weight,
+    )
     ce_weight = torch.cat(ce_weights).detach().to(compute).masked_fill(label == IGNORE_INDEX, 0)
-    needs_kl = torch.cat([kl_weight != 0, kl_weight != 0, torch.zeros_like(labels[2], dtype=torch.bool)])
-    rows = RowData(label - options.first_column, ce_weight, kl_weight, needs_kl | (ce_weight != 0))
-    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *hidden))
-    loss, terms, unpaired = _DistillationHead.apply(weight, *hidden, rows, options, passes, training)
-    return loss, terms, unpaired
+    needs_kl = torch.cat([kl_weight != 0, kl_weight != 0, torch.zeros_like(rows.labels, dtype=torch.bool)])
+    return RowData(label - options.first_column, ce_weight, kl_weight, needs_kl | (ce_weight != 0))
 
 
 class _DistillationHead(torch.autograd.Function):
@@ -88,27 +103,25 @@ class _DistillationHead(torch.autograd.Function):
     def forward(
         ctx: Any,
         weight: Tensor,
+        teacher_weight: Tensor | None,
         teacher: Tensor,
         student: Tensor,
         unpaired: Tensor,
-        rows: RowData,
-        options: HeadOptions,
-        passes: type[Passes],
-        training: bool,
+        call: _HeadCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Autocast would round the factors of fp32 products, and differently in the two directions.
         with without_autocast(weight.device):
-            return _forward(ctx, weight, (teacher, student, unpaired), rows, options, passes, training)
+            return _forward(ctx, HeadOperands(weight, teacher_weight, teacher, student, unpaired), call)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        with torch.no_grad(), without_autocast(inputs[0].device):
-            gradients = _backward(ctx, grad_loss, *inputs)
+        inputs = HeadOperands(*ctx.saved_tensors)
+        with torch.no_grad(), without_autocast(inputs.weight.device):
+            gradients = _backward(ctx, grad_loss, inputs)
         if torch.is_grad_enabled():
             # create_graph=True: a second derivative may follow, which would be zero if these were constants.
             gradients = [g if g is None else _NoSecondDerivative.apply(g, grad_loss, *inputs) for g in gradients]
-        return *gradients, None, None, None, None
+        return *gradients, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -119,7 +132,7 @@ class _NoSecondDerivative(torch.autograd.Function):
     """A gradient as it is; whoever differentiates it again is told that it cannot be done."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -127,52 +140,55 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError(f"distillation_head has no second derivative; {_INSTEAD}")
 
 
-def _forward(
-    ctx: Any,
-    weight: Tensor,
-    hidden: Groups,
-    rows: RowData,
-    options: HeadOptions,
-    passes: type[Passes],
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kept = Codes()
-    shard = passes(weight, hidden, rows, options, kept)
-    stats = merge_statistics(gather_shards(shard.statistics(training), options.tp_group), options.temperature)
+def _forward(ctx: Any, inputs: HeadOperands, call: _HeadCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, its terms [4] by group and divergence, and the cross entropy [M] of the unpaired rows."""
+    rows, options, kept = call.rows, call.options, dict[Any, Any]()
+    shard = call.passes(inputs, rows, options, kept)
+    stats = merge_statistics(gather_shards(shard.statistics(call.training), options.tp_group), options.temperature)
     # A weighted label that no shard owns lies outside the vocabulary. NaN stops the step, where reading the labels
     # back to raise an error would make every step wait for the device.
     lost = (rows.ce_weight != 0) & (stats.label_logit == -torch.inf)
     ce_weight = rows.ce_weight.masked_fill(lost, torch.nan)
-    divergence, student_mean = divergences(stats, len(hidden[0]), options, shard.jsd_sums)
+    divergence, student_mean = divergences(stats, len(inputs.teacher), options, shard.jsd_sums)
 
     cross_entropy = weighted(ce_weight, stats.sum_exp.log() + (stats.max - stats.label_logit))
-    by_group = cross_entropy.split([len(h) for h in hidden])
-    terms = [part.sum() for part in by_group]
-    terms.append(weighted(rows.kl_weight, options.temperature**2 * divergence).sum())
-    values = torch.stack(terms)
-    ctx.save_for_backward(weight, *hidden)
-    ctx.rows, ctx.options, ctx.passes, ctx.stats, ctx.kept = rows, options, passes, stats, kept
-    ctx.ce_weight, ctx.student_mean = ce_weight, student_mean
-    row_values = by_group[2].clone()
-    ctx.mark_non_differentiable(values, row_values)
-    return values.sum(), values, row_values
+    by_group = cross_entropy.split([len(hidden) for hidden in inputs.hidden])
+    kl = weighted(rows.kl_weight, options.temperature**2 * divergence).sum()
+    terms = torch.stack([*(part.sum() for part in by_group), kl])
+    rows_ce = by_group[2].clone()
+    ctx.save_for_backward(*inputs)
+    ctx.call, ctx.kept = call, kept
+    ctx.at = BackwardRows(stats, student_mean, ce_weight, rows.kl_weight)
+    ctx.mark_non_differentiable(terms, rows_ce)
+    return terms.sum(), terms, rows_ce
 
 
-def _backward(ctx: Any, grad_loss: Tensor, weight: Tensor, *hidden: Tensor) -> list[Tensor | None]:
-    """Gradients of ``weight`` and of the three groups of hidden rows; None where none is wanted."""
-    rows, options = ctx.rows, ctx.options
-    ce_weight, kl_weight = ctx.ce_weight * grad_loss, rows.kl_weight * grad_loss
-    needs_weight, *needs_hidden = ctx.needs_input_grad[:4]
-    grad_hidden = [torch.zeros_like(h) if need else None for h, need in zip(hidden, needs_hidden, strict=True)]
-    grad_weight = options.main_grad if needs_weight else None
-    if needs_weight and grad_weight is None:
-        grad_weight = torch.zeros_like(weight, dtype=ce_weight.dtype)
-    own_columns = None if grad_weight is None else grad_weight[: options.columns]
-    shard = ctx.passes(weight, hidden, rows, options, ctx.kept)
-    shard.add_gradients(ctx.stats, ctx.student_mean, ce_weight, kl_weight, grad_hidden, own_columns)
+def _backward(ctx: Any, grad_loss: Tensor, inputs: HeadOperands) -> list[Tensor | None]:
+    """Return the gradients of ``inputs`` in their order; None where none is wanted."""
+    call, at, main_grad = ctx.call, ctx.at, ctx.call.options.main_grad
+    needs_weight, needs_teacher_weight, *needs_hidden = ctx.needs_input_grad[: len(inputs)]
+    teacher, student, unpaired = (
+        torch.zeros_like(hidden) if needed else None for hidden, needed in zip(inputs.hidden, needs_hidden, strict=True)
+    )
+    compute = at.ce_weight.dtype
+    own = main_grad if needs_weight and main_grad is not None else _zero_sum(inputs.weight, needs_weight, compute)
+    teachers = _zero_sum(inputs.teacher_weight, needs_teacher_weight, compute)
+    own_sum, teachers_sum = (total if total is None else total[: call.options.columns] for total in (own, teachers))
+    by_group = (own_sum if inputs.teacher_weight is None else teachers_sum, own_sum, own_sum)
+    scaled = BackwardRows(at.stats, at.student_mean, at.ce_weight * grad_loss, at.kl_weight * grad_loss)
+    shard = call.passes(inputs, call.rows, call.options, ctx.kept)
+    shard.add_gradients(scaled, GradientBuffers((teacher, student, unpaired), by_group))
 
-    if grad_weight is not None and grad_weight is options.main_grad:
-        grad_weight = weight.new_zeros(()).expand_as(weight)  # zeros fire the hooks of weight
-    elif grad_weight is not None:
-        grad_weight = grad_weight.to(weight.dtype)
-    return [grad_weight, *grad_hidden]
+    matrices = _matrix_gradient(inputs.weight, own, main_grad), _matrix_gradient(inputs.weight, teachers, None)
+    return [*matrices, teacher, student, unpaired]
+
+
+def _zero_sum(matrix: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor | None:
+    """Return zeros to which the gradient of the matrix is added, None where there is or needs to be none."""
+    return torch.zeros_like(matrix, dtype=dtype) if matrix is not None and needed else None
+
+
+def _matrix_gradient(weight: Tensor, total: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
+    if total is not None and total is main_grad:
+        return weight.new_zeros(()).expand_as(weight)  # zeros fire the hooks of weight
+    return total if total is None else total.to(weight.dtype)

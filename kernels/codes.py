@@ -18,7 +18,7 @@ CODE_RANGE = 32.0  # e^-32 is 1e-14: below it a logit has no influence beside th
 
 @triton.jit
 def encode_top(top: tl.tensor, code_range: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
-    """Code of ``top`` <= 0, which must not be NaN."""
+    """Return the code of ``top`` <= 0, which must not be NaN."""
     if WIDE:
         return top
     else:
@@ -36,7 +36,7 @@ def decode_top(code: tl.tensor, code_range: tl.tensor, WIDE: tl.constexpr) -> tl
 
 @triton.jit
 def encode_pair(a: tl.tensor, b: tl.tensor, code_range: tl.tensor, WIDE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Codes of (max(a, b), a - b). A NaN counts as the least number, so that the other side keeps its value."""
+    """Return codes of (max(a, b), a - b). A NaN counts as the least number: the other side keeps its value."""
     # Comparisons: a maximum with NaN is the other number on a GPU, but NaN in the interpreter of Triton 3.7.
     if WIDE:
         a = tl.where(a == a, a, float("-inf"))
@@ -53,7 +53,7 @@ def encode_pair(a: tl.tensor, b: tl.tensor, code_range: tl.tensor, WIDE: tl.cons
 def decode_pair(
     top: tl.tensor, difference: tl.tensor, code_range: tl.tensor, WIDE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """a, b and a - b of a pair of codes."""
+    """Return a, b and a - b of a pair of codes."""
     if not WIDE:
         difference = difference.to(tl.float16, bitcast=True).to(tl.float32)
     top = decode_top(top, code_range, WIDE)

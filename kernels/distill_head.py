@@ -1,10 +1,10 @@
-"""The distillation head: one output matrix turns teacher, student and unpaired hidden rows into one weighted loss.
+"""The distillation head: output matrix, teacher, student and unpaired hidden rows -> one weighted, differentiable loss.
 
-In come the hidden rows that bear a loss, their labels and fp32 row weights, and this rank's shard of the output matrix;
-out comes the weighted sum of three cross entropies and a divergence, differentiable in the hidden rows and the matrix.
-The full logits never exist, and rows of weight zero have no influence whatever they hold.
+The loss is the weighted sum of three cross entropies and a divergence; rows carry their labels and fp32 weights, and
+each rank holds a shard of the output matrix. The full logits never exist, and rows of weight zero have no influence
+whatever they hold.
 
-Legend: N pairs, M unpaired rows, d hidden width, V_local columns of the vocabulary on this rank, tp ranks.
+Legend: N pairs, M unpaired rows, d hidden width, d_t the teacher's, V_local columns of the vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -12,62 +12,28 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import assert_never
 
-from reflectron.kernels.autograd import Passes, apply_head
+from reflectron.kernels.autograd import HeadPasses, apply_head
 from reflectron.kernels.reference import ReferencePasses
-from reflectron.kernels.softmax_statistics import IGNORE_INDEX, HeadOptions
+from reflectron.kernels.types import (
+    IGNORE_INDEX,
+    Divergence,
+    HeadBackend,
+    HeadLoss,
+    HeadOptions,
+    PairRows,
+    Rows,
+    row_fields,
+)
 
-__all__ = ["Backend", "Divergence", "HeadLoss", "PairRows", "Rows", "distillation_head"]
-
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-Backend = Literal["auto", "reference", "triton"]
-
-
-@dataclass(frozen=True)
-class PairRows:
-    """N aligned rows of teacher and student. Labels are vocabulary ids, -100 means no cross entropy on that side."""
-
-    teacher_hidden: Tensor  # [N, d], dtype of the output matrix
-    student_hidden: Tensor  # [N, d]
-    teacher_labels: Tensor  # [N] int64
-    student_labels: Tensor  # [N] int64
-    ce_teacher_weight: Tensor | None  # [N] float32; None for a teacher that only teaches: it costs no backward
-    ce_student_weight: Tensor  # [N] float32
-    kl_weight: Tensor  # [N] float32
-
-
-@dataclass(frozen=True)
-class Rows:
-    """M rows with a cross entropy only. Labels are vocabulary ids, -100 means none."""
-
-    hidden: Tensor  # [M, d], dtype of the output matrix
-    labels: Tensor  # [M] int64
-    ce_weight: Tensor  # [M] float32
-
-
-@dataclass(frozen=True)
-class HeadLoss:
-    """float32 (float64 for float64 inputs), alike to the bit on all ranks of the group; 0-dim but for the last."""
-
-    loss: Tensor
-    """Sum of the four terms below; differentiable."""
-    ce_teacher: Tensor
-    """Sum of ce_teacher_weight x cross entropy; detached, as are the next three."""
-    ce_student: Tensor
-    """Sum of ce_student_weight x cross entropy."""
-    ce_rows: Tensor
-    """Sum of ce_weight x cross entropy over the unpaired rows."""
-    kl: Tensor
-    """Sum of kl_weight x temperature^2 x divergence."""
-    rows_ce: Tensor
-    """[M] ce_weight x cross entropy of each unpaired row, detached; their sum is ``ce_rows``."""
+_ROW_FIELDS = {rows: row_fields(rows) for rows in (PairRows, Rows)}
 
 
 def distillation_head(
@@ -75,21 +41,25 @@ def distillation_head(
     pairs: PairRows | None = None,
     rows: Rows | None = None,
     *,
+    teacher_weight: Tensor | None = None,
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
-    backend: Backend = "auto",
+    backend: HeadBackend = "auto",
     main_grad: Tensor | None = None,
 ) -> HeadLoss:
-    """Weighted sum of CE(teacher), CE(student), CE(unpaired) and the divergence of student from detached teacher.
+    """Return the weighted sum of CE(teacher), CE(student), CE(unpaired) and the divergence from the detached teacher.
 
     Args:
         weight: [V_local, d] in float64, float32, bfloat16 or float16. With ``tp_group``, rank r holds the columns
             [r V_local, (r + 1) V_local) of the vocabulary; V_local is the same on all ranks.
-        pairs, rows: the rows that bear a loss, the same on all ranks of the group. Either may be absent or empty.
+        pairs, rows: the supervised rows, the same on all ranks of the group. Either may be absent or empty.
             Their weights are constants: no gradient flows into them.
+        teacher_weight: [V_local, d_t] output matrix of a teacher with weights of its own, sharded as ``weight`` is and
+            of its dtype; ``pairs.teacher_hidden`` is then [N, d_t]. The teacher's cross entropy gives it a gradient, in
+            its own dtype, if it requires one. None: teacher and student share ``weight``.
         divergence: ``forward_kl`` KL(p_t || p_s), ``reverse_kl`` KL(p_s || p_t), or ``jsd``, with m = beta p_t +
             (1 - beta) p_s: beta KL(p_t || m) + (1 - beta) KL(p_s || m). p is softmax(logits / temperature).
         jsd_beta: weight of the teacher in ``jsd``, 0 to 1; 0 is ``forward_kl`` and 1 is ``reverse_kl``, the limits of
@@ -114,8 +84,8 @@ def distillation_head(
         The loss and its terms. The gradient of a hidden row is this rank's PARTIAL sum over its own columns; the
         reduction over ``tp_group`` belongs to the operation that hands over the rows, as behind any column-parallel
         layer: ``gather_from_sequence_parallel_region`` (reduce-scatters in its backward) with sequence parallelism,
-        ``copy_to_tensor_model_parallel_region`` (all-reduces) without. The gradient of ``weight`` is summed over the
-        chunks in float32 and complete.
+        ``copy_to_tensor_model_parallel_region`` (all-reduces) without. The gradients of ``weight`` and
+        ``teacher_weight`` are summed over the chunks in float32 and complete.
 
         A row with NaN or infinite values makes the loss, the gradient of ``weight`` and its own hidden gradient NaN,
         and leaves the gradients of other pairs and rows alone. Rows of weight zero are skipped exactly. Results
@@ -131,20 +101,21 @@ def distillation_head(
         NotImplementedError: in forward mode.
     """
     _check_options(divergence, jsd_beta, temperature, backend)
-    _check_weight(weight, main_grad)
-    pairs, rows = pairs or _no_pairs(weight), rows or _no_rows(weight)
+    _check_matrices(weight, teacher_weight, main_grad)
+    if teacher_weight is weight:
+        teacher_weight = None
+    pairs, rows = pairs or _no_pairs(weight, teacher_weight), rows or _no_rows(weight)
     tp_rank, tp_size = _position(tp_group)
     all_columns = len(weight) * tp_size
     vocab_size = all_columns if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= all_columns:
         raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {all_columns}, the columns of weight on all ranks")
-    _check_rows(pairs, "pairs", weight, vocab_size)
-    _check_rows(rows, "rows", weight, vocab_size)
+    _check_rows(pairs, "pairs", weight, teacher_weight, vocab_size)
+    _check_rows(rows, "rows", weight, teacher_weight, vocab_size)
 
     if divergence == "jsd" and jsd_beta in (0, 1):
         divergence = "forward_kl" if jsd_beta == 0 else "reverse_kl"
     first_column = tp_rank * len(weight)
-    passes = _passes(backend, weight)
     options = HeadOptions(
         divergence=divergence,
         jsd_beta=jsd_beta,
@@ -155,36 +126,24 @@ def distillation_head(
         tp_group=tp_group,
         main_grad=main_grad,
     )
-    loss, terms, rows_ce = apply_head(
-        passes,
-        weight,
-        (pairs.teacher_hidden, pairs.student_hidden, rows.hidden),
-        (pairs.teacher_labels, pairs.student_labels, rows.labels),
-        (
-            torch.zeros_like(pairs.kl_weight) if pairs.ce_teacher_weight is None else pairs.ce_teacher_weight,
-            pairs.ce_student_weight,
-            rows.ce_weight,
-        ),
-        pairs.kl_weight,
-        options,
-    )
-    ce_teacher, ce_student, ce_rows, kl = terms.unbind()
-    return HeadLoss(loss, ce_teacher, ce_student, ce_rows, kl, rows_ce)
+    return apply_head(_passes(backend, weight), weight, teacher_weight, pairs, rows, options)
 
 
-def _passes(backend: Backend, weight: Tensor) -> type[Passes]:
-    """The passes over the logits. Triton is imported where it is used, since machines without a GPU may lack it."""
-    if backend != "triton":
+def _passes(backend: HeadBackend, weight: Tensor) -> type[HeadPasses]:
+    """Return the passes over the logits. Triton is imported where it is used: machines without a GPU may lack it."""
+    if backend == "auto" or backend == "reference":
         return ReferencePasses
-    if (obstacle := _obstacle_to_triton(weight)) is not None:
-        raise ValueError(f"backend is 'triton', but {obstacle}; use 'reference' or 'auto'")
-    from reflectron.kernels.triton_passes import TritonPasses
+    if backend == "triton":
+        if (obstacle := _obstacle_to_triton(weight)) is not None:
+            raise ValueError(f"backend is 'triton', but {obstacle}; use 'reference' or 'auto'")
+        from reflectron.kernels.triton_passes import TritonPasses
 
-    return TritonPasses
+        return TritonPasses
+    assert_never(backend)
 
 
 def _obstacle_to_triton(weight: Tensor) -> str | None:
-    """Why the kernels cannot run on this matrix, or None."""
+    """Return why the kernels cannot run on this matrix, or None."""
     if not _triton_is_installed():
         return "triton is not installed"
     if weight.dtype == torch.float64:
@@ -217,13 +176,16 @@ def _no_rows(weight: Tensor) -> Rows:
     return Rows(weight.new_empty(0, weight.shape[-1]), empty.long(), empty)
 
 
-def _no_pairs(weight: Tensor) -> PairRows:
+def _no_pairs(weight: Tensor, teacher_weight: Tensor | None) -> PairRows:
     none = _no_rows(weight)
-    return PairRows(none.hidden, none.hidden, none.labels, none.labels, none.ce_weight, none.ce_weight, none.ce_weight)
+    teacher = none if teacher_weight is None else _no_rows(teacher_weight)
+    return PairRows(
+        teacher.hidden, none.hidden, none.labels, none.labels, none.ce_weight, none.ce_weight, none.ce_weight
+    )
 
 
 def _position(tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Rank in the group and size of the group."""
+    """Return the rank in the group and the size of the group."""
     if tp_group is None:
         return 0, 1
     if not isinstance(tp_group, dist.ProcessGroup):
@@ -234,7 +196,7 @@ def _position(tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
 def _check_options(divergence: str, jsd_beta: float, temperature: float, backend: str) -> None:
     for name, value, choices in (
         ("divergence", divergence, get_args(Divergence)),
-        ("backend", backend, get_args(Backend)),
+        ("backend", backend, get_args(HeadBackend)),
     ):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
@@ -244,7 +206,7 @@ def _check_options(divergence: str, jsd_beta: float, temperature: float, backend
         raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
 
 
-def _check_weight(weight: Tensor, main_grad: Tensor | None) -> None:
+def _check_matrices(weight: Tensor, teacher_weight: Tensor | None, main_grad: Tensor | None) -> None:
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight has shape {list(weight.shape)}, expected [V_local, d] with at least one column")
@@ -253,21 +215,35 @@ def _check_weight(weight: Tensor, main_grad: Tensor | None) -> None:
     if main_grad is not None:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         _check_tensor("main_grad", main_grad, list(weight.shape), dtype, weight.device)
+    if teacher_weight is not None:
+        if teacher_weight.dim() != 2 or 0 in teacher_weight.shape:
+            raise ValueError(f"teacher_weight has shape {list(teacher_weight.shape)}, expected [{len(weight)}, d_t]")
+        shape = [len(weight), teacher_weight.shape[1]]
+        _check_tensor("teacher_weight", teacher_weight, shape, weight.dtype, weight.device)
 
 
-def _check_rows(group: PairRows | Rows, name: str, weight: Tensor, vocab_size: int) -> None:
-    """Check every field by the kind that its name tells: hidden rows, labels or weights."""
-    fields = {field: tensor for field, tensor in vars(group).items() if tensor is not None}
-    n = next(iter(fields.values())).shape[:1].numel()
-    for field, tensor in fields.items():
-        key = f"{name}.{field}"
-        if field.endswith("hidden"):
+def _check_rows(
+    group: PairRows | Rows, name: str, weight: Tensor, teacher_weight: Tensor | None, vocab_size: int
+) -> None:
+    """Check every field by the kind that its annotation states."""
+    kinds = _ROW_FIELDS[type(group)]
+    n = getattr(group, next(iter(kinds))).shape[:1].numel()
+    for field, kind in kinds.items():
+        key, tensor = f"{name}.{field}", getattr(group, field)
+        if tensor is None:
+            continue
+        if kind == "teacher_hidden":
+            width = (weight if teacher_weight is None else teacher_weight).shape[1]
+            _check_tensor(key, tensor, [n, width], weight.dtype, weight.device)
+        elif kind == "hidden":
             _check_tensor(key, tensor, [n, weight.shape[1]], weight.dtype, weight.device)
-        elif field.endswith("labels"):
+        elif kind == "label":
             _check_tensor(key, tensor, [n], torch.int64, weight.device)
             _check_labels(key, tensor, vocab_size)
-        else:
+        elif kind == "weight":
             _check_tensor(key, tensor, [n], torch.float32, weight.device)
+        else:
+            assert_never(kind)
 
 
 def _check_tensor(key: str, tensor: Tensor, shape: list[int], dtype: torch.dtype, device: torch.device) -> None:

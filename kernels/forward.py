@@ -1,14 +1,15 @@
 """Forward kernels: one program computes one tile of logits, its softmax statistics and, for training, its codes.
 
-In come hidden rows and a shard of the output matrix, out come ``stats`` in the layout that
-``merge_statistics`` takes, a tile of the vocabulary being to a shard what a shard is to the vocabulary. No
-program reads what another one wrote, so the result does not depend on their order. Logits stay in fp32 registers.
+``stats`` have the layout that ``merge_statistics`` takes, a tile of the vocabulary being to a shard what a shard is to
+the vocabulary. No program reads what another one wrote, so the result does not depend on their order. Logits stay in
+fp32 registers.
 
 Legend
   n pairs, R = 2n + m rows of a chunk in the order teacher, student, unpaired; d hidden width; V columns of this shard
-  hidden [R, d], weight [V, d]; a tile is [BM, BN] logits, summed over d in steps of BK
+  hidden [R, d], weight [V, d], both contiguous; a tile is [BM, BN] logits, summed over d in steps of BK
   stats [tiles, 5, R] fp32: max, sum e^(z - max), sum e^((z - max) / T), label logit, sum e^((z - max) / T) x
   codes [R, stride]: rows of top, rows of difference, rows of unpaired top (``codes.py``)
+  SEPARATE: the teacher's rows [n, d_t] and its matrix [V, d_t] are arguments of their own; hidden holds the other rows
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ GROUP = tl.constexpr(8)
 
 @triton.jit
 def tile_position(rows: tl.tensor, vocab: tl.tensor, BM: tl.constexpr, BN: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Row block and vocabulary tile of this program: down a group of row blocks first, then along the vocabulary."""
+    """Return this program's row block and tile of the vocabulary; programs go down a group of row blocks first."""
     tiles = tl.cdiv(vocab, BN)
     group = tl.program_id(0) // (GROUP * tiles)
     height = tl.minimum(tl.cdiv(rows, BM) - group * GROUP, GROUP)
@@ -35,7 +36,7 @@ def tile_position(rows: tl.tensor, vocab: tl.tensor, BM: tl.constexpr, BN: tl.co
 
 @triton.jit
 def offsets(first: tl.tensor, last: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Offsets of BLOCK rows from ``first``; those beyond ``last`` repeat it, so that no load needs a mask for them."""
+    """Return offsets of BLOCK rows from ``first``; those beyond ``last`` repeat it, so that loads need no mask."""
     return tl.minimum(first + tl.arange(0, BLOCK), last).to(tl.int64)[:, None] * stride
 
 
@@ -49,7 +50,7 @@ def load_factor(
     BK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ) -> tl.tensor:
-    """Columns [k, k + BK) of a block of rows, zero beyond d."""
+    """Load columns [k, k + BK) of a block of rows, zero beyond d."""
     if DESCRIPTORS:
         return matrix.load([row, k])
     else:
@@ -62,6 +63,31 @@ def multiply(h: tl.tensor, w: tl.tensor, logits: tl.tensor, UPCAST: tl.constexpr
     if UPCAST:  # Triton 3.7's interpreter multiplies the raw bits of bf16
         h, w = h.to(tl.float32), w.to(tl.float32)
     return tl.dot(h, w.T, logits, input_precision="ieee")
+
+
+@triton.jit
+def tile_logits(
+    hidden: tl.tensor,
+    weight: tl.tensor,
+    first: tl.tensor,
+    rows: tl.tensor,
+    first_column: tl.tensor,
+    vocab: tl.tensor,
+    d: tl.tensor,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+) -> tl.tensor:
+    """Return the logits of the tile that begins at row ``first`` of ``rows`` and ``first_column`` of ``vocab``."""
+    hidden_rows = offsets(first, rows - 1, d, BM)
+    weight_rows = offsets(first_column, vocab - 1, d, BN)
+    z = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, d, BK):
+        w = load_factor(weight, first_column, weight_rows, k, d, BK, DESCRIPTORS)
+        z = multiply(load_factor(hidden, first, hidden_rows, k, d, BK, DESCRIPTORS), w, z, UPCAST)
+    return z
 
 
 @triton.jit
@@ -92,7 +118,7 @@ def store_statistics(
 
 @triton.jit
 def pick_label(logits: tl.tensor, columns: tl.tensor, label: tl.tensor, valid_row: tl.tensor) -> tl.tensor:
-    """[BM] logit of each row's label, -inf where it is outside this tile."""
+    """Return [BM] the logit of each row's label, -inf where it is outside this tile."""
     column = tl.load(label, mask=valid_row, other=-1)
     return tl.max(tl.where(columns[None, :] == column[:, None], logits, float("-inf")), 1)
 
@@ -108,8 +134,6 @@ def pair_tile(
     rows: tl.tensor,  # R
     vocab: tl.tensor,  # V
     d: tl.tensor,
-    hidden_stride: tl.tensor,
-    weight_stride: tl.tensor,
     code_stride: tl.tensor,
     inverse_temperature: tl.tensor,
     code_range: tl.tensor,
@@ -121,19 +145,29 @@ def pair_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SEPARATE: tl.constexpr = False,
+    teacher_hidden: tl.tensor | None = None,  # as hidden and weight, with blocks of the same size
+    teacher_weight: tl.tensor | None = None,
+    teacher_d: tl.tensor | None = None,
 ) -> None:
-    """Teacher and student logits of the same BM pairs from one load of the matrix's tile."""
+    """Compute teacher and student logits of the same BM pairs; a shared matrix's tile is loaded once for both."""
     block, tile = tile_position(n, vocab, BM, BN)
     first, first_column = block * BM, tile * BN
-    teacher_rows = offsets(first, n - 1, hidden_stride, BM)
-    student_rows = teacher_rows + n.to(tl.int64) * hidden_stride
-    weight_rows = offsets(first_column, vocab - 1, weight_stride, BN)
-    z_t = tl.zeros((BM, BN), tl.float32)
-    z_s = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, d, BK):
-        w = load_factor(weight, first_column, weight_rows, k, d, BK, DESCRIPTORS)
-        z_t = multiply(load_factor(hidden, first, teacher_rows, k, d, BK, DESCRIPTORS), w, z_t, UPCAST)
-        z_s = multiply(load_factor(hidden, n + first, student_rows, k, d, BK, DESCRIPTORS), w, z_s, UPCAST)
+    if SEPARATE:
+        z_t = tile_logits(
+            teacher_hidden, teacher_weight, first, n, first_column, vocab, teacher_d, DESCRIPTORS, UPCAST, BM, BN, BK
+        )
+        z_s = tile_logits(hidden, weight, first, n, first_column, vocab, d, DESCRIPTORS, UPCAST, BM, BN, BK)
+    else:
+        teacher_rows = offsets(first, n - 1, d, BM)
+        student_rows = teacher_rows + n.to(tl.int64) * d
+        weight_rows = offsets(first_column, vocab - 1, d, BN)
+        z_t = tl.zeros((BM, BN), tl.float32)
+        z_s = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, d, BK):
+            w = load_factor(weight, first_column, weight_rows, k, d, BK, DESCRIPTORS)
+            z_t = multiply(load_factor(hidden, first, teacher_rows, k, d, BK, DESCRIPTORS), w, z_t, UPCAST)
+            z_s = multiply(load_factor(hidden, n + first, student_rows, k, d, BK, DESCRIPTORS), w, z_s, UPCAST)
 
     row = first + tl.arange(0, BM)
     valid_row = row < n
@@ -167,8 +201,6 @@ def unpaired_tile(
     rows: tl.tensor,
     vocab: tl.tensor,
     d: tl.tensor,
-    hidden_stride: tl.tensor,
-    weight_stride: tl.tensor,
     code_stride: tl.tensor,
     code_range: tl.tensor,
     KEEP: tl.constexpr,
@@ -178,16 +210,15 @@ def unpaired_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SEPARATE: tl.constexpr = False,
 ) -> None:
-    """Logits of BM unpaired rows; their divergence statistics are written as T = 1 and x = 0 make them."""
+    """Compute logits of BM unpaired rows; their divergence statistics are written as T = 1 and x = 0 make them."""
     block, tile = tile_position(rows - skipped, vocab, BM, BN)
     first, first_column = skipped + block * BM, tile * BN
-    hidden_rows = offsets(first, rows - 1, hidden_stride, BM)
-    weight_rows = offsets(first_column, vocab - 1, weight_stride, BN)
-    z = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, d, BK):
-        w = load_factor(weight, first_column, weight_rows, k, d, BK, DESCRIPTORS)
-        z = multiply(load_factor(hidden, first, hidden_rows, k, d, BK, DESCRIPTORS), w, z, UPCAST)
+    teachers = skipped // 2 if SEPARATE else 0  # rows that hidden does not hold
+    z = tile_logits(
+        hidden, weight, first - teachers, rows - teachers, first_column, vocab, d, DESCRIPTORS, UPCAST, BM, BN, BK
+    )
 
     row = first + tl.arange(0, BM)
     valid_row = row < rows

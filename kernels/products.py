@@ -15,7 +15,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def as_factor(matrix: Tensor) -> Tensor:
-    """The matrix in the type that ``product`` takes: bf16 where the device can sum it in fp32, else fp32 or fp64.
+    """Return the matrix in the type that ``product`` takes: bf16 where the device can sum it in fp32, else fp32 or
+    fp64.
 
     fp16 goes to fp32 everywhere, because a gradient dz would fall below its range.
     """
@@ -25,12 +26,12 @@ def as_factor(matrix: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Product of two factors, summed and returned in fp32 (fp64 for fp64)."""
+    """Return the product of two factors, summed in fp32 (fp64 for fp64)."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b
 
 
 def store_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b of two factors, summed in fp32 and rounded once."""
+    """Write out = a b of two factors, summed in fp32 and rounded once."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -38,7 +39,7 @@ def store_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b of two factors with an fp32 total (fp64 for fp64), without a second array of its size.
+    """Add total += a b of two factors with an fp32 total (fp64 for fp64), without a second array of its size.
 
     Before torch 2.10 addmm refuses bf16 factors with an fp32 total (pytorch pull request 167931); an array it is then.
     """

@@ -1,7 +1,7 @@
-"""What every backend of the distillation head shares: softmax statistics of rows, their merge over shards of the
-vocabulary, and the divergences that follow from them.
+"""Softmax statistics of rows, their merge over shards of the vocabulary, and the divergences that follow from them.
 
-Statistics are a few numbers a row. They are merged in rank order from one collective, so all ranks hold the same bits.
+Every backend shares them. Statistics are a few numbers a row, merged in rank order from one collective, so all ranks
+hold the same bits.
 
 Legend
   N pairs, M unpaired rows, R = 2N + M rows in the order teacher, student, unpaired; tp shards of the vocabulary
@@ -18,34 +18,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import assert_never
 
-IGNORE_INDEX = -100
-
-Groups = tuple[Tensor, Tensor, Tensor]  # one tensor each for teacher [N, ...], student [N, ...], unpaired [M, ...]
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """What a call fixes besides its rows; the meaning is told in ``distillation_head``."""
-
-    divergence: str  # where it is "jsd", jsd_beta is strictly between 0 and 1
-    jsd_beta: float
-    temperature: float
-    first_column: int  # vocabulary id of the shard's column 0
-    columns: int  # V; the columns of the shard behind them are padding
-    teacher_learns: bool  # its rows have a gradient: some cross entropy
-    tp_group: dist.ProcessGroup | None
-    main_grad: Tensor | None
-
-
-@dataclass(frozen=True)
-class RowData:
-    """What is known of the rows before the forward."""
-
-    column: Tensor  # [R] the label's column in this shard; outside 0..V-1 it is another shard's
-    ce_weight: Tensor  # [R], 0 for ignored labels
-    kl_weight: Tensor  # [N]
-    active: Tensor  # [R] bool: some weight of the row is not 0
+from reflectron.kernels.types import HeadOptions
 
 
 class Statistics(NamedTuple):
@@ -61,13 +36,30 @@ class Statistics(NamedTuple):
         return Statistics(*(field[rows] for field in self))
 
 
+@dataclass(frozen=True)
+class BackwardRows:
+    """What is known of the rows before the backward."""
+
+    stats: Statistics  # of the whole vocabulary
+    student_mean: Tensor  # [N] E_s[score], see ``divergences``
+    ce_weight: Tensor  # [R] with the upstream scale inside
+    kl_weight: Tensor  # [N] likewise
+
+
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """weight x value, exactly 0 where the weight is 0 even if the value is not finite."""
+    """Return weight x value, exactly 0 where the weight is 0 even if the value is not finite."""
     return (weight * value).masked_fill_(weight == 0, 0)
 
 
+def empty_statistics(ce_weight: Tensor) -> Tensor:
+    """Return [5, R] statistics of a shard without columns, in the order of ``Statistics``."""
+    local = ce_weight.new_zeros(5, len(ce_weight))
+    local[0] = local[3] = -torch.inf
+    return local
+
+
 def gather_shards(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[tp, ...] from every rank's [...]: all of them reduce the same numbers in rank order, to the same bits."""
+    """Return [tp, ...] from every rank's [...]: all of them reduce the same numbers in rank order, to the same bits."""
     if group is None:
         return local[None]
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
@@ -76,7 +68,7 @@ def gather_shards(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def merge_statistics(shards: Tensor, temperature: float) -> Statistics:
-    """Statistics of the whole vocabulary from [tp, 5, R]; a shard without columns (max -inf, sums 0) adds nothing."""
+    """Return statistics of the whole vocabulary from [tp, 5, R]; ``empty_statistics`` add nothing."""
     part = Statistics(*shards.unbind(1))
     peak = part.max.amax(0)
     scale, scale_t = (part.max - peak).exp(), ((part.max - peak) / temperature).exp()
@@ -92,7 +84,7 @@ def merge_statistics(shards: Tensor, temperature: float) -> Statistics:
 def divergences(
     stats: Statistics, pairs: int, options: HeadOptions, jsd_sums: Callable[[Statistics], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [N], without T^2, and the student's mean score E_s[score] [N] that its gradient needs.
+    """Return the divergence [N], without T^2, and the student's mean score E_s[score] [N] that its gradient needs.
 
     ``score`` is the derivative in log p_s: -u for the reverse KL, -log(m / p_s) for the JSD; the forward KL needs none.
     ``jsd_sums`` gives this shard's [2, N] of sum p_t log(p_t / m) and sum p_s log(p_s / m).
@@ -104,11 +96,13 @@ def divergences(
     if options.divergence == "reverse_kl":
         reverse = log_partition_ratio(t, s, options.temperature) - s.sum_x / s.sum_exp_t
         return reverse, reverse
-    # A second collective: u needs the partition functions of the whole vocabulary.
-    teacher_kl, student_kl = gather_shards(jsd_sums(stats), options.tp_group).sum(0)
-    return options.jsd_beta * teacher_kl + (1 - options.jsd_beta) * student_kl, student_kl
+    if options.divergence == "jsd":
+        # A second collective: u needs the partition functions of the whole vocabulary.
+        teacher_kl, student_kl = gather_shards(jsd_sums(stats), options.tp_group).sum(0)
+        return options.jsd_beta * teacher_kl + (1 - options.jsd_beta) * student_kl, student_kl
+    assert_never(options.divergence)
 
 
 def log_partition_ratio(t: Statistics, s: Statistics, temperature: float) -> Tensor:
-    """log Z_t - log Z_s [n] at temperature T, as a ratio: at small divergence the two logarithms nearly cancel."""
+    """Return log Z_t - log Z_s [n] at temperature T, as a ratio: at small divergence the logarithms nearly cancel."""
     return (t.max - s.max) / temperature + (t.sum_exp_t / s.sum_exp_t).log()

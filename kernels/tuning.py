@@ -40,7 +40,7 @@ DECODE_ROWS, DECODE_WARPS = 32, 8  # of the decode kernels, whose columns are th
 
 
 def forward_tile(paired: bool, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
-    """The tile for a compute capability, or for the interpreter where it is None.
+    """Return the tile for a compute capability, or for the interpreter where it is None.
 
     GPUs without an entry take that of sm_80: its 48 KiB of shared memory fit all of them.
     """

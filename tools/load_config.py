@@ -1,9 +1,8 @@
 """From a YAML file and dotted overrides to one frozen ``Config``, and back to YAML.
 
-In come a path and words like ``optimizer.learning_rate=1e-4``; out goes a Config whose every key was known and whose
-every value had the declared type. OmegaConf parses and merges; the conversion into dataclasses is here, because its
-messages are what a user reads: every error is a ``ValueError`` of one line that names the key, where it was written and
-the fix. Paths in the file stay as written, relative to the working directory.
+Every key of the Config was known and every value had the declared type. OmegaConf parses and merges; the conversion
+into dataclasses is here, because its messages are what a user reads: every error is a ``ValueError`` of one line that
+names the key, where it was written and the fix. Paths in the file stay as written, relative to the working directory.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from reflectron.engine.config import Config
-from reflectron.engine.text import one_line
+from reflectron.engine.files import one_line
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -52,25 +51,30 @@ def load_config(path: str, overrides: list[str]) -> Config:
     tree = _read_file(path)
     for override in overrides:
         _apply_override(tree, override)
-    return _Reader(path, overrides).section(Config, OmegaConf.to_container(tree, resolve=False), "")
+    return _ConfigReader(path, overrides).section(Config, OmegaConf.to_container(tree, resolve=False), "")
 
 
 def config_from(tree: dict[str, Any], source: str) -> Config:
-    """The Config whose ``dataclasses.asdict`` became ``tree``; ``source`` names it in errors.
+    """Return the Config whose ``dataclasses.asdict`` is ``tree``; ``source`` names it in errors.
 
     Raises:
         ValueError: for a key or a type that this version does not know.
     """
-    return _Reader(source, []).section(Config, tree, "")
+    return _ConfigReader(source, []).section(Config, tree, "")
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML that ``load_config`` reads back to an equal Config."""
+    """Return the whole configuration as YAML that ``load_config`` reads back to an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
+def choices_of(section: type[DataclassInstance], key: str) -> tuple[str, ...]:
+    """Return the values of a key, for a command-line option of the same meaning."""
+    return get_args(get_type_hints(section)[key])
+
+
 def describe(annotation: Any) -> str:
-    """The YAML type of an annotation in words, e.g. ``integer or null`` for ``int | None``."""
+    """Return the YAML type of an annotation in words, e.g. ``integer or null`` for ``int | None``."""
     if annotation in _SCALARS:
         return _SCALARS[annotation]
     if get_origin(annotation) is Literal:
@@ -156,8 +160,8 @@ def _join(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-class _Reader:
-    """Converts the merged tree; knows what was overridden, so that an error names the place to correct."""
+class _ConfigReader:
+    """Converts the merged tree, and knows what was overridden, so that an error names the place to correct."""
 
     def __init__(self, path: str, overrides: list[str]) -> None:
         self.path = path
@@ -178,7 +182,7 @@ class _Reader:
         return cls(**{name: self.value(hints[name], value, _join(key, name)) for name, value in tree.items()})
 
     def value(self, declared: Any, value: Any, key: str) -> Any:
-        """``value`` as the declared type; the only conversions are integer to float and list to tuple."""
+        """Return ``value`` as the declared type; the only conversions are integer to float and list to tuple."""
         annotation = declared
         if get_origin(declared) in _UNIONS:
             if value is None:
@@ -234,7 +238,7 @@ def _keys(cls: type[DataclassInstance], prefix: str = "") -> Iterator[str]:
 
 
 def _spell(value: Any) -> str:
-    """A value as YAML spells it, text in quotes."""
+    """Return a value as YAML spells it, text in quotes."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)

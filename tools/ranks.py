@@ -1,4 +1,4 @@
-"""Runs a function as every rank of a job: as a rank that a launcher started, or in processes that this one starts."""
+"""Run a function as every rank of a job: as a rank that a launcher started, or in processes that this one starts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from typing_extensions import assert_never
+
 from reflectron.engine.config import Config, ParallelConfig
-from reflectron.engine.files import remove_temporaries
+from reflectron.engine.files import printable, remove_temporaries
 from reflectron.engine.job_lock import LOCK_NAME, JobLock, inherited_lock, lock_folder
 from reflectron.engine.parallel.launch import resolve_environment, spawn_local
-from reflectron.engine.text import printable
 
 if TYPE_CHECKING:
     from reflectron.engine.parallel.process_groups import ParallelGroups
@@ -49,6 +50,14 @@ def only_job(config: Config) -> Iterator[JobLock | None]:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+
+def start_only_rank(parallel: ParallelConfig, seed: int) -> ParallelGroups:
+    """Start the process groups of a job whose one rank is this process."""
+    from reflectron.engine.parallel.process_groups import start_process_groups
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    return start_process_groups(parallel, seed)
 
 
 def run_as_ranks(config: Config, words: list[str], body: RankBody, nothing_to_do: NothingToDo | None = None) -> int:
@@ -132,7 +141,7 @@ def _run_rank(config: Config, body: RankBody, nothing_to_do: NothingToDo | None)
 
 
 def _look_on_main(config: Config, inputs: RunInputs, nothing_to_do: NothingToDo) -> str | None:
-    """What ``nothing_to_do`` says on the main rank, on every rank alike: files are read once, and none disagrees."""
+    """Return on every rank what ``nothing_to_do`` says on the main one: files are read once, and no rank disagrees."""
     import torch.distributed as dist
 
     from reflectron.engine.parallel.process_groups import from_main
@@ -150,7 +159,7 @@ def _look_on_main(config: Config, inputs: RunInputs, nothing_to_do: NothingToDo)
 
 
 def _check_backends(config: Config, inputs: RunInputs) -> None:
-    """Refuse what the CPU cannot do; on CUDA each rank tries kernels on its own device."""
+    """Reject what the CPU cannot do; on CUDA each rank tries kernels on its own device."""
     from reflectron.engine.parallel.process_groups import device_type
 
     if device_type(config.parallel) == "cpu":
@@ -162,18 +171,23 @@ def _check_backends(config: Config, inputs: RunInputs) -> None:
 
 
 def local_processes(parallel: ParallelConfig) -> int:
-    """Ranks to start on this machine: one per visible GPU, or on the CPU just enough for the model."""
+    """Return how many ranks to start on this machine: one per visible GPU, or on the CPU just enough for the model."""
+    import torch
+
     from reflectron.engine.parallel.process_groups import check_world_size, device_type, processes_of_a_replica
 
     replica = processes_of_a_replica(parallel)
     if parallel.data_parallel_size is not None:
         return replica * parallel.data_parallel_size
-    if device_type(parallel) == "cpu":
-        return replica
-    import torch
-
-    check_world_size(parallel, torch.cuda.device_count())
-    return torch.cuda.device_count()
+    device = device_type(parallel)
+    match device:
+        case "cpu":
+            return replica
+        case "cuda":
+            gpus = torch.cuda.device_count()
+            check_world_size(parallel, gpus)
+            return gpus
+    assert_never(device)
 
 
 def _start_ranks(config: Config, words: list[str]) -> int:

@@ -13,20 +13,19 @@ from reflectron.engine.config import Config
 from reflectron.engine.data.batch_source import SampleId
 from reflectron.engine.files import write_text
 from reflectron.engine.terminal import console
-from reflectron.engine.training.diagnostics import Finding, Spike, SpikeDetector
+from reflectron.engine.training.diagnostics import NonfiniteFinding, Spike, SpikeDetector
 from reflectron.engine.training.metrics import MetricsLog, StepMetrics, read_rows
-from reflectron.engine.training.step import LossTerms
+from reflectron.engine.training.terms import TERMS, MeanTerms
 from reflectron.tools.load_config import to_yaml
-from reflectron.tools.plot_run import plot_run
 
 
 class RunLog:
-    """Shows and records a run; made on the main rank only.
+    """Shows and records a run, on the main rank only.
 
     Args:
         config: the run; its resolved form is written beside the metrics.
         total_steps: length of the run.
-        first_step: updates done before, when a run goes on.
+        first_step: updates done before, when a run is resumed.
     """
 
     def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
@@ -73,7 +72,7 @@ class RunLog:
         self.metrics.write(row)
         self._show_notes()
         if self.metrics.waiting and not waited:
-            self.line(f"rows wait in memory until they can be written, training goes on: {self.metrics.waiting}")
+            self.line(f"rows wait in memory until they can be written, training continues: {self.metrics.waiting}")
         if not row.skipped and (spike := self.spikes.look(row.loss)):
             self._note_spike(row, spike, sample_ids())
         self.seconds += row.step_time_ms / 1e3
@@ -94,29 +93,31 @@ class RunLog:
             f"step {row.step}/{self.total_steps}  loss {row.loss:.3f} is a spike: the median of the steps before is "
             f"{spike.median:.3f}; {self.folder / 'spikes.jsonl'} names its samples"
         )
-        terms = {name: getattr(row, name) for name in ("loss", "ce_teacher", "ce_student", "ce_generation", "kl")}
+        terms = dict(zip(TERMS, row.values(), strict=True))
         found = {"step": row.step, **terms, "grad_norm": row.grad_norm, **vars(spike)}
         self.metrics.append("spikes", found | {"samples": [vars(sample) for sample in samples]})
 
-    def skipped(self, row: StepMetrics, findings: list[Finding], samples: list[SampleId], in_a_row: int) -> None:
+    def skipped(
+        self, row: StepMetrics, findings: list[NonfiniteFinding], samples: list[SampleId], in_a_row: int
+    ) -> None:
         """Record and show why a step was skipped: a line, and one for each finding."""
         allowed = self.config.train.max_skipped_steps
         self.line(
-            f"step {row.step}/{self.total_steps}  left out: loss {row.loss}, gradient norm {row.grad_norm} "
+            f"step {row.step}/{self.total_steps}  skipped: loss {row.loss}, gradient norm {row.grad_norm} "
             f"({in_a_row} in a row, train.max_skipped_steps is {allowed})"
         )
         for finding in findings:
             names = ", ".join(str(samples[position]) for position in finding.samples)
             self.line(f"  {finding}{'; samples: ' if names else ''}{names}")
         if not findings:
-            self.line("  a second look met finite numbers only: a passing fault of hardware or communication")
+            self.line("  a second look found only finite numbers: a transient fault of hardware or communication")
         rows = [
             {"rank": finding.rank, **finding.not_finite(), "samples": [vars(samples[i]) for i in finding.samples]}
             for finding in findings
         ]
         self.metrics.append("nonfinite", {"step": row.step, "in_a_row": in_a_row, "findings": rows})
 
-    def validation(self, step: int, terms: LossTerms) -> None:
+    def validation(self, step: int, terms: MeanTerms) -> None:
         """Record and show held-out loss terms."""
         self.metrics.write_validation(step, vars(terms))
         self.line(f"step {step}/{self.total_steps}  validation: {describe_terms(terms)}")
@@ -152,7 +153,7 @@ class RunLog:
 
 
 def describe(row: StepMetrics) -> str:
-    """One line of a step: loss terms, mask rate, speed, fill, and what the students did not cost."""
+    """Describe a step in one line: loss terms, mask rate, speed, fill, and what the students did not cost."""
     seen = row.tokens_student + row.tokens_saved
     saved = f" saved {row.tokens_saved / seen:.0%}" if seen else ""
     return (
@@ -161,10 +162,57 @@ def describe(row: StepMetrics) -> str:
     )
 
 
-def describe_terms(terms: StepMetrics | LossTerms) -> str:
-    """Loss and those of its terms that have rows."""
-    parts = [("teacher", terms.ce_teacher), ("student", terms.ce_student), ("gen", terms.ce_generation)]
-    texts = [f"{name} {value:.3f}" for name, value in parts if value is not None]
-    if terms.kl is not None:
-        texts.append(f"kl {terms.kl:.4f}")
-    return f"loss {terms.loss:.3f} ({' '.join(texts)})"
+def describe_terms(terms: MeanTerms) -> str:
+    """Return the loss and those of its terms that have loss tokens, as text."""
+    labelled = zip(TERMS.values(), terms.values(), strict=True)
+    loss, *texts = [f"{label.name} {value:.{label.decimals}f}" for label, value in labelled if value is not None]
+    return f"{loss} ({' '.join(texts)})"
+
+
+def plot_run(folder: Path) -> Path:
+    """Draw ``metrics.jsonl`` of the run in ``folder`` as ``training.png``; returns the picture's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from reflectron.engine.training.metrics import read_rows
+
+    rows = read_rows(folder / "metrics.jsonl")
+    steps = [row["step"] for row in rows]
+
+    def series(key: str) -> list[float]:
+        # A row that was damaged may lack any of them.
+        return [float("nan") if (value := row.get(key)) is None else value for row in rows]
+
+    shared = {term: label for term, label in TERMS.items() if not label.own_axis}
+    own = {term: label for term, label in TERMS.items() if label.own_axis}
+    figure, (losses, *divergences, schedule) = pyplot.subplots(
+        2 + len(own),
+        1,
+        figsize=(8, 7 + 2 * len(own)),
+        sharex=True,
+        layout="constrained",
+        height_ratios=[3, *(1 for _ in own), 1],
+    )
+    for term, label in shared.items():
+        losses.plot(steps, series(term), label=label.title, linewidth=2 if term == "loss" else 1)
+    losses.set_ylabel("nats per token")
+    losses.legend()
+    for axis, (term, label) in zip(divergences, own.items(), strict=True):
+        axis.plot(steps, series(term), color="tab:purple")
+        axis.set_ylabel(label.title)
+    tokens = zip(series("tokens_saved"), series("tokens_student"), strict=True)
+    share = [saved / max(saved + student, 1) for saved, student in tokens]
+    schedule.plot(steps, series("mask_rate"), label="mask rate")
+    schedule.plot(steps, share, label="share of student tokens saved")
+    peak = max([1e-30, *(rate for rate in series("learning_rate") if rate > 0)])
+    schedule.plot(steps, [rate / peak for rate in series("learning_rate")], label="learning rate / peak")
+    schedule.set_xlabel("step")
+    schedule.legend(fontsize="small")
+    for axis in (losses, *divergences, schedule):
+        axis.grid(alpha=0.3)
+    path = folder / "training.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

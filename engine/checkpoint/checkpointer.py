@@ -20,25 +20,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.storage import WriteResult
 
-from reflectron.engine.checkpoint.manifest import (
+from reflectron.engine.checkpoint.folder import (
     DamagedCheckpoint,
     FileDigest,
     Manifest,
     SkippedSteps,
     check_file,
     check_same_run,
-    digest_file,
-    read_manifest,
-    write_manifest,
-)
-from reflectron.engine.checkpoint.retention import (
     checkpoints_folder,
     commit,
+    digest_file,
     partial_folder,
+    read_manifest,
     remove_partial,
     remove_surplus,
     step_folder,
     steps_to_try,
+    write_manifest,
 )
 from reflectron.engine.checkpoint.storage import PlannedSave, plan_save
 from reflectron.engine.checkpoint.training_state import TrainingState
@@ -61,7 +59,7 @@ class _Save:
     started: float
     results: list[WriteResult] = field(default_factory=list)
     digests: dict[str, FileDigest] = field(default_factory=dict)
-    """Of the files that this rank has written."""
+    """Digests of the files that this rank has written."""
     error: str = ""
     """Why it could not."""
     thread: threading.Thread | None = None

@@ -44,14 +44,14 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 
 from reflectron.engine.checkpoint.training_state import TrainingState
-from reflectron.engine.text import printable
+from reflectron.engine.files import printable
 from reflectron.engine.weights.dist_metadata import CONTENT
 from reflectron.engine.weights.dist_reader import DistReader
 from reflectron.engine.weights.inert_pickle import ForeignPickle
 from reflectron.engine.weights.torch_file import read_torch_file
 from reflectron.engine.weights.writers import write_dist_index
 
-# Of `common.pt` and `metadata.json`, which hold a few settings.
+# A limit for `common.pt` and `metadata.json`, which hold a few settings.
 _MOST_BYTES = 16 << 20
 
 
@@ -229,7 +229,7 @@ class _Strategy(TorchDistLoadShardedStrategy):
         self.reader = reader
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-        """Tensors and objects in the places of their descriptions."""
+        """Return tensors and objects in the places of their descriptions."""
         tensors = [part for part in nested_values(sharded_state_dict) if isinstance(part, ShardedTensor)]
         keyed, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = mcore_to_pyt_state_dict(keyed, True)

@@ -49,7 +49,7 @@ class TrainingState:
     chunks: Sequence[PackedGPT]
     """This rank's part of the model, without wrappers."""
     optimizer: MegatronOptimizer
-    """Of its parameters."""
+    """The optimizer of its parameters."""
     arch: Architecture
     """Names and shapes of the Hugging Face tensors."""
     groups: ParallelGroups
@@ -111,7 +111,7 @@ class TrainingState:
         return isinstance(self._parts[0], DistributedOptimizer)
 
     def _initialize(self) -> list[torch.optim.Optimizer]:
-        """torch's optimizer of each part, its state there as after a first step."""
+        """Return torch's optimizer of each part, its state there as after a first step."""
         return [_initialized(part) for part in self._parts]
 
     def _begin_optimizer(self) -> None:
@@ -178,7 +178,7 @@ class TrainingState:
             if not isinstance(inner, HybridDeviceOptimizer):
                 for moments in inner.state.values():
                     moments.pop("step", None)
-            # Of a float32 model, the parameters are their own main copies.
+            # The parameters of a float32 model are their own main copies.
             numbered = {
                 index: {"param": parameter.detach()} | state[name] for index, name, parameter in self._numbered(part)
             }
@@ -187,7 +187,7 @@ class TrainingState:
     # State that every replica has -------------------------------------------------------------------------------------
 
     def _plain_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(parameter's name, key, tensor of the parameter's shape)."""
+        """Yield (parameter's name, key, tensor of the parameter's shape)."""
         moments = {
             parameter: state
             for inner in self._initialize()
@@ -222,7 +222,7 @@ class TrainingState:
                 share.local.copy_(state[share.key][share.rows])
 
     def _average_shares(self) -> Iterator[_AverageShare]:
-        """Adafactor's averages; nothing with AdamW."""
+        """Yield Adafactor's averages; nothing with AdamW."""
         averages = {
             parameter: state
             for inner in self._initialize()
@@ -334,7 +334,7 @@ def _initialize_offloaded(optimizer: HybridDeviceOptimizer) -> None:
 
 @contextmanager
 def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
-    """Parameters' places in the buffers of gradients, as if there were no padding between the buckets.
+    """Place parameters in the buffers of gradients as if there were no padding between the buckets.
 
     megatron-core 0.16.1 cuts the parameters out of gathered optimizer state, which has no padding, by places that count
     it: all parameters behind a padded bucket would be saved shifted, without an error.

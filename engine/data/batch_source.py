@@ -103,7 +103,7 @@ class StoreSource:
         return StepSamples(views=views, mask_rate=rate)
 
     def sample_ids(self, step: int) -> list[SampleId]:
-        """File and record of each sample of 0-based ``step``, in the order of its global batch."""
+        """Return file and record of each sample of 0-based ``step``, in the order of its global batch."""
         files, store = self.config.data.train, self.store
         samples = [ref.sample for ref in self.refs(step)]
         return [SampleId(files[store.file_index[sample]].path, int(store.record_index[sample])) for sample in samples]

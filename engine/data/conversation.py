@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reflectron.engine.data.tokenizer import TAGS
-from reflectron.engine.text import printable
+from reflectron.engine.files import printable
 
 BlockType = Literal["text", "code", "execution"]
 Role = Literal["user", "assistant"]

@@ -26,11 +26,11 @@ class TokenCounts:
     """Tokens of a global batch that enter the model, over all ranks, without padding."""
 
     teacher: int
-    """Of the teacher views of reflection samples."""
+    """Tokens of the teacher views of reflection samples."""
     student: int
-    """Of their student views."""
+    """Tokens of their student views."""
     generation: int
-    """Of generation samples."""
+    """Tokens of generation samples."""
     saved: int
     """Tokens of reflection samples that the students did not cost: hidden, or shared with the teacher's view where the
     student sees everything."""

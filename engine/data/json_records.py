@@ -130,7 +130,7 @@ def _decompressed(raw: IO[bytes]) -> Any:
 
 
 def _read_head(stream: Any) -> bytes:
-    """Enough to tell what it is; a decompressor may give less than is asked for."""
+    """Read enough to tell what it is; a decompressor may give less than is asked for."""
     head = b""
     while len(head) < _HEAD_BYTES and (more := stream.read(_BLOCK_BYTES)):
         head += more
@@ -159,7 +159,7 @@ Undecodable = Literal["strict", "surrogateescape"]
 
 
 def split_records(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
-    """Line number and bytes of each record, blank lines skipped.
+    """Yield line number and bytes of each record, blank lines skipped.
 
     Raises:
         ValueError: when the file is neither one record a line nor a whole array.
@@ -248,7 +248,7 @@ def _elements(blocks: Iterable[bytes]) -> Iterator[RawRecord]:
 
 
 def _joined(cuts: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-    """Texts that blocks parted, together; the last comes without a mark."""
+    """Yield whole the texts that blocks parted; the last comes without a mark."""
     parts, size = list[bytes](), 0
     for text, mark in cuts:
         parts.append(text)
@@ -319,9 +319,9 @@ def _check_one_a_line(first: list[RawRecord]) -> None:
             rows.append(decode(value))
         except BadRecord:
             rows.append(None)
-    if len(rows) == 1 and isinstance(rows[0], dict) and (reason := _whole_data_set(rows[0])):
+    if len(rows) == 1 and isinstance(rows[0], dict) and (reason := _whole_dataset(rows[0])):
         raise ValueError(f"it is one JSON object, {reason}")
-    if len(first) == 2 and not isinstance(rows[1], dict) and _goes_on(first[0][1], first[1][1]):
+    if len(first) == 2 and not isinstance(rows[1], dict) and _spans_lines(first[0][1], first[1][1]):
         raise ValueError(
             f"line {first[0][0]} begins a JSON object that spans several lines, expected one record a line or "
             "one array: `jq -c . FILE` writes each object on a line, `jq -c '.data[]' FILE` the objects of its list "
@@ -329,7 +329,7 @@ def _check_one_a_line(first: list[RawRecord]) -> None:
         )
 
 
-def _whole_data_set(row: dict[str, Any]) -> str | None:
+def _whole_dataset(row: dict[str, Any]) -> str | None:
     """Return how an object holds many records, if it does, and what to do about it."""
     for name, value in row.items():
         inner = value if isinstance(value, list) else []
@@ -350,7 +350,7 @@ def _whole_data_set(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _goes_on(line: bytes, following: bytes) -> bool:
+def _spans_lines(line: bytes, following: bytes) -> bool:
     """Return whether an object that a line begins continues behind it; one that was cut ends in a string or before
     another."""
     marks = [mark for *_, mark in _marks([line])]

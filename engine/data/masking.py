@@ -23,7 +23,7 @@ _SECOND_TYPE_FROM, _THIRD_TYPE_FROM = 0.33, 0.67
 
 
 def mask_rate(step: int, total_steps: int) -> float:
-    """Rate of 0-based ``step``: 1 / total_steps at the first, 1 at the last and after."""
+    """Return the rate of 0-based ``step``: 1 / total_steps at the first, 1 at the last and after."""
     return min((step + 1) / total_steps, 1.0)
 
 
@@ -49,7 +49,7 @@ def visible_tokens(sample: TokenizedSample, mask: MaskConfig, rate: float, draws
 
 
 def _visible_reflection(blocks: np.ndarray, mask: MaskConfig, rate: float, draws: Draws) -> np.ndarray:
-    """Visibility of the tokens of the reflection sequence, whose ``blocks`` adjoin each other."""
+    """Decide which tokens of the reflection sequence are visible, whose ``blocks`` adjoin each other."""
     lengths = blocks[:, 2] - blocks[:, 1]
     n_blocks, n_tokens = len(blocks), int(lengths.sum())
     if mask.strategy == "none":

@@ -1,4 +1,4 @@
-"""Views of the samples in one pack -> the tensors of one forward.
+"""Makes of the views of the samples in one pack the tensors of one forward.
 
 The segments lie one behind the other: each sample's teacher view, then its student view when it has one. The tail up to
 the common length T is padding: it belongs to no segment and no token of it is a loss token.
@@ -61,7 +61,7 @@ _PADDING_SEGMENT = 128
 
 
 def segments_of(query_lengths: Sequence[int], key_lengths: Sequence[int], tokens: int) -> Segments:
-    """Segments or chunks of a rank that holds ``tokens``; those beyond the sum of ``query_lengths`` are padding."""
+    """Build segments or chunks of a rank with ``tokens``; those beyond the sum of ``query_lengths`` are padding."""
     padding = tokens - sum(query_lengths)
     fill = [min(_PADDING_SEGMENT, padding - start) for start in range(0, padding, _PADDING_SEGMENT)]
 

@@ -1,4 +1,4 @@
-"""Lengths and loss rows of a global batch's samples in; which samples share a forward, and on which rank, out.
+"""Plans which samples of a global batch share a forward, and on which rank, from their lengths and loss tokens.
 
 The plan depends on its arguments only, so every rank computes the same one. Each sample lies in exactly one microbatch
 with both of its views, no microbatch holds more tokens than the budget, and every data-parallel rank runs the same
@@ -30,7 +30,7 @@ class CostModel:
     """Floating-point operations of a step, by what causes them; only their ratios matter here."""
 
     per_token: float
-    """Of each token, padding included: the linear layers."""
+    """A token costs this, padding included: the linear layers."""
     per_token_squared: float
     """A view of L tokens costs this times L * L: attention."""
     per_row: float
@@ -58,7 +58,7 @@ def microbatch_multiple(parallel: ParallelConfig) -> int:
 
 
 def packing_sizes(config: Config) -> tuple[int, int]:
-    """Most tokens of a microbatch, and what its length is a multiple of."""
+    """Return the most tokens of a microbatch, and what its length is a multiple of."""
     tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
     ranks = tensor * context
     least = 1 if config.model.fp8 == "none" else _FP8_TOKENS

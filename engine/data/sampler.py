@@ -162,7 +162,7 @@ class SampleOrder:
         return epoch
 
     def _list_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample and occurrence of each listing of ``epoch``, in order: int [epoch_length], twice."""
+        """Return sample and occurrence of each listing of ``epoch``, in order: int [epoch_length], twice."""
         times = self._whole.copy()
         for file, fraction, samples in self._shares:
             per_epoch = fraction * len(samples)

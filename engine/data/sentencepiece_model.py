@@ -1,4 +1,4 @@
-"""A sentencepiece model file comes in, the ``tokenizers.Tokenizer`` with the same ids goes out.
+"""Converts a sentencepiece model file into the ``tokenizers.Tokenizer`` with the same ids.
 
 Between special tokens the ids equal sentencepiece's own ``encode`` of each piece of text ("legacy" behaviour: with
 ``add_dummy_prefix`` every such piece gets the leading space). What cannot be represented exactly is refused by name;

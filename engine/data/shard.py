@@ -124,7 +124,7 @@ class ShardBatch:
         return len(self.lines)
 
     def lengths(self) -> np.ndarray:
-        """int32 [samples]: tokens of each good row."""
+        """Return int32 [samples], the tokens of each good row."""
         return np.diff(self._token_offsets)[self.good_rows]
 
     def sample(self, row: int) -> TokenizedSample:
@@ -142,7 +142,7 @@ class ShardBatch:
         )
 
     def rows_with_special_tokens(self) -> Iterator[tuple[int, list[str]]]:
-        """Row and special tokens of each sample whose contents spell one."""
+        """Yield row and special tokens of each sample whose contents spell one."""
         for row in np.flatnonzero(np.diff(np.from_dlpack(self._special_tokens.offsets))).tolist():
             yield row, self._special_tokens[row].as_py()
 
@@ -204,13 +204,13 @@ class Shard:
         return sum(len(batch) for batch in self.batches)
 
     def good_records(self) -> np.ndarray:
-        """int32 [samples]: record number of each sample."""
+        """Return int32 [samples], the record number of each sample."""
         firsts = np.cumsum([0, *(len(batch) for batch in self.batches)])
         parts = [first + batch.good_rows for first, batch in zip(firsts, self.batches, strict=False)]
         return np.concatenate([np.empty(0), *parts]).astype(np.int32)
 
     def rejects(self) -> Iterator[tuple[int, int, str]]:
-        """Record number, line and reason of every rejected record."""
+        """Yield record number, line and reason of every rejected record."""
         first = 0
         for batch in self.batches:
             for row in np.setdiff1d(np.arange(len(batch)), batch.good_rows).tolist():
@@ -218,7 +218,7 @@ class Shard:
             first += len(batch)
 
     def special_tokens(self) -> Iterator[tuple[int, int, list[str]]]:
-        """Record number, line and special tokens of every sample whose contents spell one."""
+        """Yield record number, line and special tokens of every sample whose contents spell one."""
         first = 0
         for batch in self.batches:
             for row, tokens in batch.rows_with_special_tokens():

@@ -1,8 +1,9 @@
-"""Records of a data file (JSON lines, a JSON array, Parquet, or a dataset of the hub), in chunks for worker processes.
+"""Records of a data file (JSON lines, a JSON array, Parquet, or a dataset of the hub), and what each of them says.
 
 Everything that reads records reads them here. Files are streamed, never held in memory. A chunk keeps records as they
-were read (bytes of JSON, or an Arrow batch), so that decoding happens where the chunk is used. ``map_chunks`` bounds
-the chunks in flight and returns results in order, whatever the number of workers.
+were read (bytes of JSON, or an Arrow batch), so that decoding happens where the chunk is used, which may be another
+process (``workers``). ``parse_record`` recognises a record's schema by its columns; each family of schemas is a module
+of ``schemas``, and a new one is a module there and a line in ``parse_record``.
 """
 
 from __future__ import annotations
@@ -11,24 +12,18 @@ import contextlib
 import functools
 import hashlib
 import lzma
-import multiprocessing
-import os
-import signal
-import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reflectron.engine.config import DataFile
-from reflectron.engine.data.conversation import BadRecord, Conversation
+from reflectron.engine.data.conversation import BadRecord, Conversation, checked, present
 from reflectron.engine.data.json_records import (
     PARQUET_MAGIC,
     ByteBlocks,
@@ -37,10 +32,10 @@ from reflectron.engine.data.json_records import (
     split_records,
     starts_with,
 )
-from reflectron.engine.data.records import parse_record
-from reflectron.engine.terminal import protect_streams
-from reflectron.engine.text import printable
+from reflectron.engine.data.schemas import messages, pairs
+from reflectron.engine.files import printable
 
+_EXPECTED_COLUMNS = "; ".join(("messages", *(", ".join(columns) for columns in pairs.COLUMNS)))
 _PARQUET = ".parquet"
 _SUFFIXES = (".jsonl", ".json", ".ndjson", _PARQUET)
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
@@ -107,9 +102,29 @@ class SourceIdentity:
     mtime_ns: int
     sha256: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the values for a JSON header; ``SourceIdentity(**d)`` reads them back."""
-        return asdict(self)
+
+def parse_record(record: object) -> Conversation:
+    """Turn one record into a conversation.
+
+    Schemas, by columns: ReflectionSeq and OpenAI ``messages``; CodeFeedback ``query``/``answer``; Magicoder
+    ``problem``/``solution`` and ``instruction``/``response``; evol ``instruction``/``output``; ``prompt``/
+    ``privileged_context``/``completion``. Columns that are null count as absent; others beside these are ignored.
+
+    Raises:
+        BadRecord: with the reason.
+    """
+    if not isinstance(record, dict):
+        raise BadRecord(f"not an object: found {type(record).__name__}, expected named columns")
+    columns = present(record)
+    if "messages" in columns:
+        return checked(messages.read(columns))
+    if (found := pairs.read(columns)) is not None:
+        return checked(found)
+    for schema in (("messages",), *pairs.COLUMNS):
+        if missing := [name for name in schema if name in record and name not in columns]:
+            raise BadRecord(f"missing value: {missing[0]} is {record[missing[0]]}, expected a text")
+    names = ", ".join(sorted(map(str, columns))) or "none"
+    raise BadRecord(f"unknown columns: found {names}; expected one of: {_EXPECTED_COLUMNS}")
 
 
 def read_records(file: DataFile) -> Iterator[Record]:
@@ -162,7 +177,7 @@ def _chunks(file: DataFile, size: int) -> Iterator[RecordChunk]:
 
 
 def source_identity(file: DataFile, known: SourceIdentity | None = None) -> SourceIdentity:
-    """Size, time of change and SHA-256 of what ``file`` holds; for a hub dataset, of its local copy.
+    """Return size, time of change and SHA-256 of what ``file`` holds; for a hub dataset, of its local copy.
 
     The hash is taken from ``known`` where size and time are unchanged.
 
@@ -278,71 +293,3 @@ def _readable(name: str | Path) -> Iterator[None]:
     except (ValueError, *_DAMAGE) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"data file {name} cannot be read: {printable(reason, 500)}") from error
-
-
-Result = TypeVar("Result")
-
-# So few chunks are done before worker processes would have started.
-_CHUNKS_WITHOUT_WORKERS = 4
-
-
-def map_chunks(
-    job: Callable[[RecordChunk], Result], chunks: Iterator[RecordChunk], workers: int
-) -> Iterator[tuple[RecordChunk, Result]]:
-    """Apply ``job``, which is pickled once for each worker, to every chunk.
-
-    Args:
-        workers: processes; 0 means one per core. With 1, or for a few chunks, this process does the work.
-    """
-    workers = workers or usable_cores()
-    first = list(islice(chunks, _CHUNKS_WITHOUT_WORKERS + 1))
-    chunks = chain(first, chunks)
-    if workers == 1 or len(first) <= _CHUNKS_WITHOUT_WORKERS:
-        yield from ((chunk, job(chunk)) for chunk in chunks)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
-    try:
-        pending: deque[tuple[RecordChunk, Future[Any]]] = deque()
-        for chunk in chunks:
-            pending.append((chunk, pool.submit(_work, chunk)))
-            if len(pending) >= 4 * workers:
-                yield _finished(pending)
-        while pending:
-            yield _finished(pending)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _finished(pending: deque[tuple[RecordChunk, Future[Any]]]) -> tuple[RecordChunk, Any]:
-    chunk, future = pending.popleft()
-    return chunk, future.result()
-
-
-_worker_job: Callable[[RecordChunk], Any]
-
-
-def _start_worker(job: Callable[[RecordChunk], Any]) -> None:
-    global _worker_job
-    _worker_job = job
-    protect_streams()
-    # Ctrl-C reaches the whole process group; the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that is killed cannot stop its workers.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(chunk: RecordChunk) -> Any:
-    return _worker_job(chunk)

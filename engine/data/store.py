@@ -1,4 +1,4 @@
-"""Data files come in, memory-mapped samples go out: a file is tokenised once and reused while nothing changed.
+"""Turns data files into memory-mapped samples: a file is tokenised once and reused while nothing changed.
 
 The bytes of a store depend on the data files, the tokenizer and three settings, never on the number of workers. One
 process builds; the others open what it has built.
@@ -23,13 +23,13 @@ import pyarrow as pa
 from reflectron.engine.config import DataConfig, DataFile
 from reflectron.engine.data.conversation import BadRecord, Conversation
 from reflectron.engine.data.shard import Shard, ShardHeader, open_shard, to_batch, write_atomically, write_shard
-from reflectron.engine.data.sources import RecordChunk, map_chunks, read_chunks, source_identity
+from reflectron.engine.data.sources import RecordChunk, read_chunks, source_identity
 from reflectron.engine.data.tokenization import PARSER_VERSION, TOO_LONG, TokenizedSample, tokenize
 from reflectron.engine.data.tokenizer import MAGICODER_PROMPT, TAGS, Tokenizer
-from reflectron.engine.files import remove_temporaries
+from reflectron.engine.data.workers import map_chunks
+from reflectron.engine.files import printable, remove_temporaries
 from reflectron.engine.job_lock import lock_folder
 from reflectron.engine.terminal import console
-from reflectron.engine.text import printable
 
 _FORMAT_VERSION = 2
 _RECORDS_PER_CHUNK = 128
@@ -53,7 +53,7 @@ class FileSummary:
 
     @classmethod
     def of(cls, path: str, records: int, reasons: Iterable[str], spelt: Sequence[Sequence[str]]) -> FileSummary:
-        """Count.
+        """Count the records of a file.
 
         Args:
             reasons: of all records that are skipped.
@@ -121,7 +121,7 @@ class TokenStore:
         return len(self.lengths)
 
     def check_unchanged(self) -> None:
-        """To be called before samples are read, and once they have been used; looks at sizes and times only.
+        """Compare sizes and times with those of opening, before samples are read and once they have been used.
 
         Raises:
             ValueError: naming the file of the store that was changed or cut short since it was opened.
@@ -200,14 +200,14 @@ def _settings(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "parser": PARSER_VERSION,
         "tags": list(TAGS),
         "template": data.template,
-        "prompt": MAGICODER_PROMPT if data.template == "magicoder" else None,
+        "prompt": {"magicoder": MAGICODER_PROMPT, "reflection": None}[data.template],
         "max_length": data.max_length,
         "special_tokens_in_content": data.special_tokens_in_content,
     }
 
 
 def _shard_path(folder: Path, settings: dict[str, Any], file: DataFile) -> Path:
-    """Runs with other settings keep their own shards, so that they may share a folder."""
+    """Name the shard so that runs with other settings, which keep their own, may share a folder."""
     key = json.dumps([settings, os.path.abspath(file.path), file.split, file.revision], sort_keys=True)
     stem = re.sub(r"[^\w.-]", "_", Path(file.path).stem)
     return folder / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"

@@ -152,7 +152,7 @@ def _with_structure(
 def _tokenize_magicoder(
     conversation: Conversation, tokenizer: Tokenizer, max_length: int, special_tokens: SpecialTokens
 ) -> TokenizedSample:
-    """BOS, prompt, response, EOS; prompt and response are encoded apart, as in Magicoder's ``train.py``."""
+    """Join BOS, prompt, response and EOS; prompt and response are encoded apart, as in Magicoder's ``train.py``."""
     messages = conversation.messages
     roles = [message.role for message in messages]
     if conversation.kind != "generation" or roles != ["user", "assistant"] or any(len(m.blocks) != 1 for m in messages):

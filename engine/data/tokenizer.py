@@ -1,4 +1,4 @@
-"""A tokenizer folder or sentencepiece model comes in, a ``Tokenizer`` with the seven tags goes out, and a folder again.
+"""Loads a tokenizer folder or sentencepiece model as a ``Tokenizer`` with the seven tags, and writes a folder again.
 
 Whatever the source, ids come from one ``tokenizers.Tokenizer``. A ``tokenizer.json`` is taken as it stands: classes
 that rebuild it (transformers 5's LlamaTokenizer) tokenise a block that starts with a space differently.
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
+from typing_extensions import assert_never
 
 from reflectron.engine.data.sentencepiece_model import convert_sentencepiece
-from reflectron.engine.files import read_object
-from reflectron.engine.text import printable
+from reflectron.engine.files import printable, read_object
 
 TAGS = ("<|user|>", "<|assistant|>", "<|text|>", "<|code|>", "<|execution|>", "<|endofblock|>", "<|endofmessage|>")
 """The tags of a rendered conversation, in the order in which they get their ids."""
@@ -120,11 +120,11 @@ class Tokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` without BOS and EOS; special tokens spelt out in it become their ids."""
+        """Return the ids of ``text`` without BOS and EOS; special tokens spelt out in it become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_spelt_out(self, text: str) -> list[int]:
-        """As ``encode``, but of all special tokens only the seven tags become ids; the others are ordinary text."""
+        """Encode with the seven tags as the only special tokens that become ids; the others are ordinary text."""
         # No part of a pickled tokenizer.
         self._tags_alone.encode_special_tokens = True
         return self._tags_alone.encode(text, add_special_tokens=False).ids
@@ -142,7 +142,7 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def chat_template(self) -> str:
-        """Jinja template that renders messages as the training data are rendered."""
+        """Return the Jinja template that renders messages as the training data are rendered."""
         if self.template == "reflection":
             return _REFLECTION_CHAT
         head, rest = MAGICODER_PROMPT.split("{instruction}")
@@ -219,7 +219,12 @@ def load_tokenizer(path: str, template: Template) -> Tokenizer:
     named = {name: _content(settings[name]) for name in _NAMED_TOKENS if settings.get(name) is not None}
     eos_id = _special_id(backend, named, "eos_token", source)
     bos_id = _special_id(backend, named, "bos_token", source) if "bos_token" in named else eos_id
-    tag_ids, sub_tokens = _add_tags(backend) if template == "reflection" else ({}, {})
+    tag_ids: dict[str, int] = {}
+    sub_tokens: dict[str, list[int]] = {}
+    if template == "reflection":
+        tag_ids, sub_tokens = _add_tags(backend)
+    elif template != "magicoder":
+        assert_never(template)
     _check_new_ids(own, backend, source)
     kept = model_file if model_file.is_file() else None
     return Tokenizer(backend, template, bos_id, eos_id, tag_ids, sub_tokens, settings | named, kept)
@@ -283,7 +288,7 @@ def _check_new_ids(own: dict[str, int], backend: tokenizers.Tokenizer, source: P
 
 
 def _declared_tokens(settings: dict[str, Any], folder: Path) -> dict[int, dict[str, Any]]:
-    """Content and flags of the tokens that the side files declare, by id."""
+    """Return content and flags of the tokens that the side files declare, by id."""
     decoder = settings.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise ValueError(

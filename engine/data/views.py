@@ -1,4 +1,4 @@
-"""Tokenised sample + mask -> what the teacher and the student see, and which rows bear which loss.
+"""Makes of a tokenised sample and a mask what the teacher and the student see, and the loss of each row.
 
 Teacher and student are one model in one forward. The student's view is the visible tokens alone, with the positions
 they have in the whole sequence, which equals masking the others and costs only what is seen. Row i of a view predicts

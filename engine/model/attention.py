@@ -2,7 +2,7 @@
 
 A pack is one row of T tokens; ``PackedRows`` says where its segments (teacher and student views) lie and which position
 each token has in its original sequence. The core attention rotates queries and keys by these positions, and hands them
-to the kernel of the chosen back end. A context-parallel rank has a share of the tokens: it gathers the keys and values
+to the kernel of the chosen backend. A context-parallel rank has a share of the tokens: it gathers the keys and values
 of all and computes the rows of its own queries only.
 
 T tokens of a pack, C context-parallel ranks, h heads, g key-value heads, d width of a head; h and g are local to a
@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
+from reflectron.engine.config import AttentionBackend
 from reflectron.engine.data.microbatch import Segments
 from reflectron.engine.model.backends.attention_kernels import AttentionShape, attention_kernel
 from reflectron.engine.model.rope import rotate
@@ -34,7 +35,7 @@ class PackedRows(PackedSeqParams):
 
     qkv_format: str = "sbhd"
     segments: Segments | None = None
-    """Of this rank's tokens, on the device."""
+    """Segments of this rank's tokens, on the device."""
     position_ids: torch.Tensor | None = None
     """[T / C] int64 on the device."""
     key_index: torch.Tensor | None = None
@@ -44,9 +45,9 @@ class PackedRows(PackedSeqParams):
 
 
 class PackedCausalAttention(torch.nn.Module):
-    """Core attention of a layer; takes megatron-core's core-attention arguments, and the name of a back end.
+    """The core attention of a layer; it takes megatron-core's core-attention arguments and the name of a backend.
 
-    The rotation is in here so that ``recompute_modules: [core_attn]`` makes rotated queries and keys again, too.
+    It rotates queries and keys itself, so that ``recompute_modules: [core_attn]`` makes the rotated ones again, too.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class PackedCausalAttention(torch.nn.Module):
         attention_type: str,
         softmax_scale: float,
         pg_collection: ProcessGroupCollection,
-        backend: str,
+        backend: AttentionBackend,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -83,9 +84,9 @@ class PackedCausalAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedRows | None = None,
     ) -> torch.Tensor:
-        """``query`` [T / C, 1, h, d], ``key`` and ``value`` [T / C, 1, g, d] -> [T / C, 1, h * d]."""
+        """Attend: ``query`` [T / C, 1, h, d], ``key`` and ``value`` [T / C, 1, g, d] -> [T / C, 1, h * d]."""
         rows = packed_seq_params
-        assert rows is not None, "a pack comes with its segments"
+        assert rows is not None, "every forward needs the segments of its pack"
         assert rows.segments is not None
         assert (rows.key_index is None) == (self.context_group.size() == 1), "context-parallel ranks share every pack"
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
@@ -98,7 +99,7 @@ class PackedCausalAttention(torch.nn.Module):
     def _gather(
         self, key: torch.Tensor, value: torch.Tensor, key_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all ranks' tokens, chunk by chunk: [len(key_index), g, d] each."""
+        """Gather keys and values of all ranks' tokens, chunk by chunk: [len(key_index), g, d] each."""
         mine = torch.cat((key, value), dim=-1)
         everyones = gather_from_sequence_parallel_region(mine, group=self.context_group)
         # A token's keys serve two chunks at most, so that its gradient is the same whichever is added first.

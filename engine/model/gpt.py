@@ -18,27 +18,20 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from typing_extensions import assert_never
 
 from reflectron.engine.config import ParallelConfig
 from reflectron.engine.model.architecture import Architecture, check_parallel, layers_per_stage
 from reflectron.engine.model.attention import PackedRows
 from reflectron.engine.model.backends.choose import Backends
+from reflectron.engine.model.backends.layers import Rotation, layer_parts
 from reflectron.engine.model.backends.weight_gradient import use_weight_gradient
-from reflectron.engine.model.rope import (
-    cosines_and_sines,
-    inverse_frequencies,
-    rotary_angles,
-    rotary_tables,
-    softmax_scale,
-)
+from reflectron.engine.model.rope import inverse_frequencies, rotary_tables, softmax_scale
 from reflectron.engine.model.spec import block_spec
 
+Fp8 = Literal["none", "delayed", "current"]
 # (hidden states [T, 1, H] or this rank's share of T, output weight [V / tp, H], context) -> result of the last stage
 OutputProcessor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
-# (position ids [T], inverse frequencies [D / 2]) -> what every layer rotates by before its core attention
-Rotation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# Where it is not the core attention that rotates.
-_ROTATIONS: dict[str, Rotation] = {"liger": cosines_and_sines, "transformer_engine": rotary_angles}
 
 
 class PackedGPT(GPTModel):
@@ -71,7 +64,7 @@ class PackedGPT(GPTModel):
         return args, kwargs
 
     def with_rotation(self, rows: PackedRows) -> PackedRows:
-        """``rows`` with the cosines and sines of its positions: made once, and used by every layer."""
+        """Return ``rows`` with the cosines and sines of its positions, made once for all layers."""
         assert rows.position_ids is not None
         rotary = rotary_tables(rows.position_ids, self.inverse_frequencies, self.config.params_dtype)
         return dataclasses.replace(rows, rotary=rotary)
@@ -80,7 +73,7 @@ class PackedGPT(GPTModel):
         """Leave transformer-engine's switches as they are.
 
         megatron-core (0.16.1) asks for ``NVTE_UNFUSED_ATTN=1`` with every model and fails where it is off, which the
-        kernel of that back end needs.
+        kernel of that backend needs.
         """
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: Any = None, **_: Any) -> torch.Tensor:
@@ -89,7 +82,7 @@ class PackedGPT(GPTModel):
         return self.output_processor(hidden_states, self.output_weight(), labels)
 
     def output_weight(self) -> torch.Tensor:
-        """This rank's rows of the output layer, [V / tp, H]; the embedding's when they are tied."""
+        """Return this rank's rows of the output layer, [V / tp, H]; the embedding's when they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -104,79 +97,107 @@ def transformer_config(
     parallel: ParallelConfig,
     dtype: torch.dtype,
     backends: Backends,
-    fp8: Literal["none", "delayed", "current"] = "none",
+    fp8: Fp8 = "none",
 ) -> TransformerConfig:
-    """megatron-core's configuration of the same decoder.
+    """Return megatron-core's configuration of the same decoder.
 
     Raises:
         ValueError: when the parallel layout does not divide the model.
     """
     check_parallel(arch, parallel)
-    chunks = parallel.virtual_pipeline_model_parallel_size
-    stages = layers_per_stage(arch.num_layers, parallel)
-    layout = [["decoder"] * layers for layers in stages]
-    layout[0].insert(0, "embedding")
-    layout[-1].append("loss")
+    parts = layer_parts(backends.layers)
     return TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        kv_channels=arch.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        # finalize_model_grads sums the gradients of these norms over tensor-parallel ranks only when this is set.
-        qk_layernorm=arch.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        **_decoder_options(arch),
+        **_layout_options(arch, parallel),
+        **_recompute_options(parallel),
+        **_fp8_options(fp8),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Range matters more to gradients than precision, so they are E5M2, all else E4M3. Scaling by the tensor itself
-        # goes by the name of what has one scale: a tensor.
-        fp8=None if fp8 == "none" else "hybrid",
-        fp8_recipe="tensorwise" if fp8 == "current" else "delayed",
-        # transformer-engine's own defaults; megatron-core's look one step back only.
-        fp8_amax_history_len=1024,
-        fp8_amax_compute_algo="max",
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        context_parallel_size=parallel.context_parallel_size,
-        pipeline_model_parallel_layout=layout if len(stages) > 1 else None,
-        # The interleaved schedule with batched transfers computes wrong gradients over gloo, silently (0.16.1).
-        overlap_p2p_comm=chunks > 1,
-        batch_p2p_comm=chunks == 1,
-        sequence_parallel=parallel.sequence_parallel,
-        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
-        recompute_modules=list(parallel.recompute_modules),
-        recompute_method="uniform" if parallel.recompute == "full" else None,
-        recompute_num_layers=1 if parallel.recompute == "full" else None,
         # Weights are always loaded, from a checkpoint or from a seeded source. perform_initialization=False would also
-        # leave out the marks of split parameters, without which the gradient norm counts one rank only.
+        # omit the marks of split parameters, without which the gradient norm counts one rank only.
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
-        softmax_scale=softmax_scale(arch.rope, arch.head_dim),
         # Every row's weight is known before the forward, so the loss is a plain sum that nothing may rescale.
         calculate_per_token_loss=True,
         # Whichever SwiGLU the layers' parts name, not transformer-engine's alone.
-        use_te_activation_func=backends.layers != "torch",
-        apply_rope_fusion=backends.layers == "transformer_engine",
+        use_te_activation_func=parts.activation is not None,
+        apply_rope_fusion=parts.rotates_fused,
         gradient_accumulation_fusion=backends.weight_gradient != "torch",
         # These fusions call torch.compile or CUDA extensions.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        # 1F1B keeps outputs of earlier microbatches; freeing them early corrupts gloo's pending sends.
-        deallocate_pipeline_outputs=torch.cuda.is_available(),
     )
+
+
+def _decoder_options(arch: Architecture) -> dict[str, Any]:
+    return {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.layernorm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+        # finalize_model_grads sums the gradients of these norms over tensor-parallel ranks only when this is set.
+        "qk_layernorm": arch.qk_norm,
+        "softmax_scale": softmax_scale(arch.rope, arch.head_dim),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _layout_options(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    stages = layers_per_stage(arch.num_layers, parallel)
+    layout = [["decoder"] * layers for layers in stages]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
+        "context_parallel_size": parallel.context_parallel_size,
+        "pipeline_model_parallel_layout": layout if len(stages) > 1 else None,
+        # The interleaved schedule with batched transfers computes wrong gradients over gloo, silently (0.16.1).
+        "overlap_p2p_comm": chunks > 1,
+        "batch_p2p_comm": chunks == 1,
+        "sequence_parallel": parallel.sequence_parallel,
+        # 1F1B keeps outputs of earlier microbatches; freeing them early corrupts gloo's pending sends.
+        "deallocate_pipeline_outputs": torch.cuda.is_available(),
+    }
+
+
+def _fp8_options(fp8: Fp8) -> dict[str, Any]:
+    # Range matters more to gradients than precision, so they are E5M2, all else E4M3. transformer-engine's own defaults
+    # for the history; megatron-core's look one step back only.
+    options = {"fp8": "hybrid", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    if fp8 == "none":
+        return {}
+    if fp8 == "delayed":
+        return options | {"fp8_recipe": "delayed"}
+    if fp8 == "current":
+        # Scaling by the tensor itself goes by the name of what has one scale: a tensor.
+        return options | {"fp8_recipe": "tensorwise"}
+    assert_never(fp8)
+
+
+def _recompute_options(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+    if parallel.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    assert_never(parallel.recompute)
 
 
 def build_chunks(
@@ -186,7 +207,7 @@ def build_chunks(
     output_processor: OutputProcessor,
     backends: Backends,
 ) -> list[PackedGPT]:
-    """The pipeline stage and tensor-parallel shard of this rank, on its device, weights not yet loaded.
+    """Build the pipeline stage and tensor-parallel shard of this rank, on its device, weights not yet loaded.
 
     Returns:
         One chunk, or the chunks of an interleaved pipeline in the model's order.
@@ -197,9 +218,9 @@ def build_chunks(
         PackedGPT(
             arch,
             output_processor,
-            _ROTATIONS.get(backends.layers),
+            layer_parts(backends.layers).rotation,
             config=config,
-            transformer_layer_spec=block_spec(config, backends, get_num_layers_to_build(config, vp_stage)),
+            transformer_layer_spec=block_spec(arch, config, backends, get_num_layers_to_build(config, vp_stage)),
             vocab_size=padded_vocab_size,
             max_sequence_length=arch.rope.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -1,8 +1,9 @@
-"""Keys of a Hugging Face ``config.json`` that would change what the model computes, and are not implemented.
+"""Hugging Face ``config.json`` -> ``Architecture``: the families, their keys, and what is rejected.
 
-A key that means another forward or another training is refused with its value; it is never ignored. Those known by
-name come first. Any other key, of a family that this project does not know or of one to come, is refused when its name
-speaks of a part of the forward, unless its value switches that part off.
+Llama (CodeLlama, DeepSeek-Coder), Qwen2 (Qwen2.5-Coder) and Qwen3 are one decoder with few differences, which
+``FAMILIES`` lists. A key that means another forward or another training is rejected with its value, never ignored. Keys
+known by name come first. Any other key, of an unknown family or of one to come, is rejected when its name speaks
+of a part of the forward, unless its value switches that part off.
 """
 
 from __future__ import annotations
@@ -11,23 +12,62 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reflectron.engine.files import read_object
-from reflectron.engine.model.architecture import (
-    _DEFAULT_HEAD_DIM,
-    _DEFAULT_KEY_VALUE_HEADS,
-    _DEFAULT_POSITIONS,
-    _MOST_LAYERS,
-    Architecture,
-    Family,
-)
+from reflectron.engine.files import printable, read_object
+from reflectron.engine.model.architecture import Architecture
 from reflectron.engine.model.rope_parameters import LARGEST_SIZE, RopeParameters
-from reflectron.engine.text import printable
 
-# Values under which a key has no effect; any other value of it is refused.
+
+@dataclass(frozen=True, kw_only=True)
+class HfFamily:
+    """The properties that tell a family from the others; the defaults are what transformers takes for an absent key."""
+
+    class_name: str
+    """The Hugging Face class of its language model."""
+    positions: int
+    """Default of ``max_position_embeddings``."""
+    key_value_heads: int | None = None
+    """Default of ``num_key_value_heads``; None for as many as queries."""
+    head_dim: int | None = None
+    """Default of ``head_dim``; None for the hidden size divided among the heads."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have a bias."""
+    qk_norm: bool = False
+    """Whether each query and key head is normalised."""
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Values under which a key of its own has no effect; any other value of it is rejected."""
+    known_keys: frozenset[str] = frozenset()
+    """Keys of its own that may have any value, although their names speak of the forward."""
+
+
+# Llama's and Qwen3's attention_bias adds one to o_proj as well, which no published checkpoint uses.
+_NO_ATTENTION_BIAS = {"attention_bias": (None, False)}
+# Qwen states a window that use_sliding_window switches on; Llama knows none, so that one there means another model.
+_WINDOW = frozenset({"sliding_window"})
+FAMILIES = {
+    "llama": HfFamily(class_name="LlamaForCausalLM", positions=2048, neutral=_NO_ATTENTION_BIAS),
+    "qwen2": HfFamily(
+        class_name="Qwen2ForCausalLM",
+        positions=32768,
+        key_value_heads=32,
+        qkv_bias=True,
+        known_keys=_WINDOW | {"attention_bias"},
+    ),
+    "qwen3": HfFamily(
+        class_name="Qwen3ForCausalLM",
+        positions=32768,
+        key_value_heads=32,
+        head_dim=128,
+        qk_norm=True,
+        neutral=_NO_ATTENTION_BIAS,
+        known_keys=_WINDOW,
+    ),
+}
+
+# Values under which a key has no effect; any other value of it is rejected.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": (None, "silu", "swish"),
     "mlp_bias": (None, False),
@@ -54,42 +94,30 @@ _KNOWN = {
     "rope_scaling",
     "rope_parameters",
     "layer_types",
-    "attention_bias",
     "max_window_layers",
 }
-# Qwen states a window that use_sliding_window switches on; Llama knows none, so that one there means another model.
-_KNOWN_OF = {"llama": set[str](), "qwen2": {"sliding_window"}, "qwen3": {"sliding_window"}}
 _SPEAKS_OF_THE_FORWARD = re.compile(
     r"scal(e|ing|ar)|multiplier|soft_?cap|bias|norm|rope|rotary|expert|moe|window|chunk|dropout|pdrop|parallel_(resid|attn)"
     r"|alibi|clip|residual|temperature_tuning|mup|activation|bidirectional|nextn|mtp|lora|quantiz|compression|cross_attention"
     r"|sparse|linear_attn|mixer|mamba|ssm|gated?_|altup|laurel|sink|position_embedding_type"
 )
+# Beyond every model; a list of as many layers as a hostile file may name would fill the memory.
+_MOST_LAYERS = 10_000
 _OFF = (None, False, 0, 1, "", "none")
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-
-def class_name(family: str) -> str:
-    """The Hugging Face class of a family's language model."""
-    return _CLASSES[family]
 
 
 def check_keys(hf_config: Mapping[str, Any], family: str, source: str) -> None:
-    """Refuse what the engine does not compute; ``source`` names the file in errors.
+    """Reject what the engine does not compute; ``source`` names the file in errors.
 
     Raises:
         ValueError: naming the key, its value and the value expected.
     """
-    for key, neutral in _NEUTRAL.items():
+    accepted = {**_NEUTRAL, **FAMILIES[family].neutral}
+    for key, neutral in accepted.items():
         if not _is_one_of(hf_config.get(key), neutral):
             expected = " or ".join(json.dumps(value) for value in neutral)
-            found = _shown(hf_config[key])
-            raise ValueError(f"{source}: {key} is {found}, which is not supported; expected {expected}")
-    if family != "qwen2" and hf_config.get("attention_bias"):
-        # Llama's and Qwen3's attention_bias adds one to o_proj as well, which no published checkpoint uses.
-        raise ValueError(
-            f"{source}: attention_bias is {hf_config['attention_bias']!r}, which is not supported for {family}; "
-            "expected false"
-        )
+            found, of_family = _shown(hf_config[key]), f" for {family}" if key in FAMILIES[family].neutral else ""
+            raise ValueError(f"{source}: {key} is {found}, which is not supported{of_family}; expected {expected}")
     layer_types = hf_config.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise ValueError(f"{source}: layer_types is {_shown(layer_types)}, expected a list of 'full_attention'")
@@ -99,7 +127,7 @@ def check_keys(hf_config: Mapping[str, Any], family: str, source: str) -> None:
                 f"{source}: layer_types[{index}] is {_shown(kind)}, which is not supported; expected 'full_attention'"
             )
     _check_class(hf_config.get("architectures"), family, source)
-    known = _KNOWN | _KNOWN_OF[family] | set(_NEUTRAL)
+    known = _KNOWN | FAMILIES[family].known_keys | accepted.keys()
     for key, value in hf_config.items():
         if key not in known and _SPEAKS_OF_THE_FORWARD.search(key) and value and not _is_one_of(value, _OFF):
             raise ValueError(
@@ -111,11 +139,12 @@ def check_keys(hf_config: Mapping[str, Any], family: str, source: str) -> None:
 def _check_class(architectures: Any, family: str, source: str) -> None:
     if not architectures:
         return
+    expected = FAMILIES[family].class_name
     # LLaMAForCausalLM is how the first conversions spelt it.
-    if not isinstance(architectures, list) or _CLASSES[family].lower() not in [str(a).lower() for a in architectures]:
+    if not isinstance(architectures, list) or expected.lower() not in [str(a).lower() for a in architectures]:
         raise ValueError(
             f"{source}: architectures is {_shown(architectures)}, which is not supported for model_type {family!r}; "
-            f"expected [{_CLASSES[family]!r}]"
+            f"expected [{expected!r}]"
         )
 
 
@@ -124,12 +153,12 @@ def _shown(value: Any) -> str:
 
 
 def _is_one_of(value: Any, accepted: tuple[Any, ...]) -> bool:
-    """Like ``in``, except that true is not 1 and false not 0 unless both stand there."""
+    """Test as ``in`` does, except that true is not 1 and false not 0 unless both stand there."""
     return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in accepted)
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """The object in ``config.json``; ``path`` is the file or the folder that holds it.
+    """Read the object in ``config.json``; ``path`` is the file or the folder that holds it.
 
     Raises:
         ValueError: when there is none or it is not a JSON object.
@@ -151,12 +180,14 @@ def parse_architecture(hf_config: dict[str, Any], source: str = "config.json") -
         ValueError: naming the key whose value is missing or not supported.
     """
     family = hf_config.get("model_type")
-    if family not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"{source}: model_type is {family!r}, expected 'llama', 'qwen2' or 'qwen3'")
+    if not isinstance(family, str) or family not in FAMILIES:
+        *others, last = map(repr, FAMILIES)
+        raise ValueError(f"{source}: model_type is {family!r}, expected {', '.join(others)} or {last}")
+    known = FAMILIES[family]
     check_keys(hf_config, family, source)
     keys = _Keys(hf_config, source)
     heads, hidden = keys.integer("num_attention_heads"), keys.integer("hidden_size")
-    groups = keys.optional_integer("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS[family]) or heads
+    groups = keys.optional_integer("num_key_value_heads", known.key_value_heads) or heads
     if heads % groups:
         raise ValueError(
             f"{source}: num_key_value_heads is {groups}, expected a divisor of num_attention_heads ({heads})"
@@ -168,20 +199,20 @@ def parse_architecture(hf_config: dict[str, Any], source: str = "config.json") -
         ffn_hidden_size=keys.integer("intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=_head_dim(keys, family, hidden, heads),
+        head_dim=_head_dim(keys, known.head_dim, hidden, heads),
         vocab_size=keys.integer("vocab_size"),
         layernorm_epsilon=keys.number("rms_norm_eps", 1e-6),
         initializer_range=keys.number("initializer_range", 0.02),
-        rope=RopeParameters.from_hf(hf_config, source, _DEFAULT_POSITIONS[family]),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        rope=RopeParameters.from_hf(hf_config, source, known.positions),
+        qkv_bias=known.qkv_bias,
+        qk_norm=known.qk_norm,
         tied_embeddings=keys.flag("tie_word_embeddings"),
     )
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """Reads values of ``config.json`` by their kind and names the key of one that is none."""
+    """Reads values of ``config.json`` by their type and names the key of a wrong one."""
 
     hf_config: dict[str, Any]
     source: str
@@ -213,8 +244,8 @@ class _Keys:
         return value
 
 
-def _head_dim(keys: _Keys, family: Family, hidden: int, heads: int) -> int:
-    width = keys.optional_integer("head_dim", _DEFAULT_HEAD_DIM[family])
+def _head_dim(keys: _Keys, default: int | None, hidden: int, heads: int) -> int:
+    width = keys.optional_integer("head_dim", default)
     if width is None:
         if hidden % heads:
             raise ValueError(

@@ -1,7 +1,8 @@
-"""Whether a tokenizer belongs to a model: its tokens against the rows, its vocabulary and its ids against the model's.
+"""The model and the tokenizer that a run starts from, and whether the two belong together.
 
-Another model's tokenizer trains without an error, on ids that mean something else. What shows it is refused; what is
-only odd comes back as a line to print.
+Another model's tokenizer trains without an error, on ids that mean something else. Its tokens are held against the
+rows of the model, its vocabulary and ids against the model's: what shows another model is rejected, what is only odd
+is returned as a line to print.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 
 from reflectron.engine.config import Config
 from reflectron.engine.data.tokenizer import Tokenizer, load_tokenizer
+from reflectron.engine.files import printable
 from reflectron.engine.model.architecture import Architecture, check_parallel, layers_per_stage
 from reflectron.engine.model.hf_config import parse_architecture, read_hf_config
-from reflectron.engine.text import printable
 
 # A fine-tune adds a handful of tokens; a vocabulary that is larger by more than this is another model's.
 _MOST_NEW_TOKENS = 1024
@@ -32,7 +33,7 @@ def check_tokenizer(
         model_path: folder of its weights, which may hold a tokenizer as well; None for a random initialisation.
 
     Returns:
-        What a user should know.
+        Lines for the user.
 
     Raises:
         ValueError: when it is another model's, naming what shows it.
@@ -51,7 +52,7 @@ def check_tokenizer(
 
 
 def _new_rows(arch: Architecture, tokenizer: Tokenizer, tokenizer_path: str) -> list[str]:
-    """Tokens beyond the rows get new ones; tags are not mentioned."""
+    """Note the tokens beyond the model's rows, which get new ones; tags are not mentioned."""
     tags = {tokenizer.tag_ids[tag] for tag in tokenizer.tag_sub_tokens}
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     new = sorted(i for i in set(vocabulary.values()) - tags if i >= arch.vocab_size)
@@ -71,7 +72,7 @@ def _new_rows(arch: Architecture, tokenizer: Tokenizer, tokenizer_path: str) -> 
 
 
 def _compare_vocabularies(tokenizer: Tokenizer, tokenizer_path: str, model_path: str) -> bool:
-    """Whether the model's folder has a tokenizer to compare with.
+    """Compare with the tokenizer in the model's folder; return whether there is one.
 
     Raises:
         ValueError: when an ordinary token of it has another id in ``tokenizer``.
@@ -93,7 +94,7 @@ def _compare_vocabularies(tokenizer: Tokenizer, tokenizer_path: str, model_path:
 
 
 def _other_ids(tokenizer: Tokenizer, tokenizer_path: str, hf_config: Mapping[str, Any]) -> list[str]:
-    """BOS and EOS of ``config.json`` that are not the tokenizer's; it may name several, and a tokenizer lack BOS."""
+    """Note ids of BOS and EOS in ``config.json``, which may name several, that are not the tokenizer's."""
     ids = {"eos": tokenizer.eos_id}
     if tokenizer.settings.get("bos_token") is not None:
         ids["bos"] = tokenizer.bos_id
@@ -124,13 +125,13 @@ class ModelInputs:
     original_vocab_size: int
     """Rows of the original's embedding."""
     tokenizer: Tokenizer
-    """With the tags."""
+    """The tokenizer, with the tags."""
     notes: tuple[str, ...] = ()
-    """What a user should know of how the two go together."""
+    """Lines for the user on how the two go together."""
 
 
 def read_model_inputs(config: Config) -> ModelInputs:
-    """Architecture and tokenizer, checked against the parallel layout.
+    """Read architecture and tokenizer, checked against the parallel layout.
 
     Raises:
         ValueError: naming the key or file at fault.

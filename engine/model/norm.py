@@ -1,4 +1,4 @@
-"""RMSNorm for sequence-parallel activations: megatron-core's plain-torch norm refuses sequence parallelism."""
+"""RMSNorm for sequence-parallel activations: megatron-core's plain-torch norm rejects sequence parallelism."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        device = torch.cuda.current_device()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Same shape and type as ``x``."""
+        """Return the shape and type of ``x``."""
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (wide * scale).to(x.dtype)

@@ -1,8 +1,8 @@
-"""Wraps this rank's chunks for training: mixed precision, and float32 gradients summed over replicas.
+"""The wrapping of this rank's chunks for training: mixed precision, and float32 gradients summed over replicas.
 
 Where communication overlaps with computation, it is arranged as megatron-core's schedules expect it: gradients are
 reduced in the last microbatch's backward, parameters gathered in the first one's forward. Until that forward only a
-rank's own share of the parameters is up to date; ``gather_parameters`` is for whoever reads them earlier.
+rank's own share of the parameters is up to date; ``gather_parameters`` serves those who read them earlier.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reflectron.engine.model.gpt import PackedGPT
 def parallelize(
     chunks: Sequence[PackedGPT], parallel: ParallelConfig, shard_optimizer: bool
 ) -> list[DistributedDataParallel]:
-    """Each of ``chunks``, its weights loaded, inside megatron-core's data parallelism.
+    """Wrap each of ``chunks``, its weights loaded, in megatron-core's data parallelism.
 
     A step's gradient is the plain sum over microbatches and replicas, because every row carries its weight.
 
@@ -56,7 +56,7 @@ def parallelize(
 def data_parallel_config(
     parallel: ParallelConfig, shard_optimizer: bool, interleaved: bool
 ) -> DistributedDataParallelConfig:
-    """What overlaps, the defaults resolved: on CUDA with replicas all that can.
+    """Resolve what overlaps: by default, on CUDA with replicas, all that can.
 
     Over gloo it works as well, but gains nothing: there the same cores compute and communicate.
     """
@@ -100,7 +100,7 @@ def _hand_to_schedule(config: TransformerConfig, wrapped: Sequence[DistributedDa
 
 
 def _gather_for_loss(wrapped: DistributedDataParallel, chunk: PackedGPT) -> None:
-    """Wait for the output layer's weight as well: the loss takes it without calling the layer and its hook."""
+    """Wait for the output layer's weight as well, which the loss takes without calling the layer and its hook."""
     weight = chunk.output_weight()
     bucket_group = wrapped.param_to_bucket_group[weight]
     skip_next = wrapped.ddp_config.align_param_gather

@@ -1,7 +1,7 @@
-"""The rotary keys of a Hugging Face ``config.json`` -> one rotation, and back. No torch: planning needs none.
+"""The rotary keys of a Hugging Face ``config.json``, read as one rotation and written back. No torch.
 
 transformers 4 keeps them in ``rope_theta`` and ``rope_scaling``, transformers 5 in ``rope_parameters``, and people edit
-either by hand. A configuration whose keys contradict each other is refused, because each reader would compute another
+either by hand. A configuration whose keys contradict each other is rejected, because each reader would compute another
 rotation; one that is written here means the same to all of them.
 """
 
@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from reflectron.engine.text import printable
+from typing_extensions import assert_never
 
+from reflectron.engine.files import printable
+
+RopeType = Literal["default", "linear", "llama3", "yarn"]
 # Numbers that each type of rotary scaling cannot do without, and those that it may have.
-_REQUIRED: dict[str, tuple[str, ...]] = {
+_REQUIRED: dict[RopeType, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-_OPTIONAL: dict[str, tuple[str, ...]] = {
+_OPTIONAL: dict[RopeType, tuple[str, ...]] = {
     "default": (),
     "linear": (),
     "llama3": (),
@@ -37,12 +40,12 @@ _DEFAULT_THETA = 10000.0
 
 @dataclass(frozen=True, kw_only=True)
 class RopeParameters:
-    """Rotary position embedding of a Hugging Face model."""
+    """The rotary position embedding of a Hugging Face model."""
 
     theta: float
     """Base of the frequencies."""
-    rope_type: str
-    """default, linear, llama3 or yarn."""
+    rope_type: RopeType
+    """How positions beyond the original context are rotated."""
     scaling: dict[str, Any]
     """The remaining keys of ``rope_scaling``; llama3 and yarn have ``original_max_position_embeddings`` in any case."""
     max_position_embeddings: int
@@ -54,7 +57,7 @@ class RopeParameters:
 
         Qwen states the context before yarn in ``max_position_embeddings``, others the one after it.
         """
-        if self.rope_type not in ("llama3", "yarn"):
+        if not _has_original_context(self.rope_type):
             return self.max_position_embeddings
         return max(self.max_position_embeddings, int(self.scaling[_ORIGINAL] * self.scaling["factor"]))
 
@@ -82,7 +85,7 @@ class RopeParameters:
         return rope
 
     def to_hf(self, attention_factor: float) -> dict[str, Any]:
-        """The keys that transformers 4.48 to 5 and vLLM read as this rotation.
+        """Return the keys that transformers 4.48 to 5 and vLLM read as this rotation.
 
         ``attention_factor`` is yarn's temperature, which stands in for the ``mscale`` that transformers 4.48 does not
         know. The positions are those before yarn's extension, which it takes for the original ones.
@@ -107,7 +110,7 @@ class RopeParameters:
 
 
 def _reading(hf_config: Mapping[str, Any], key: str, source: str, context: int) -> RopeParameters:
-    """What ``key`` and the keys beside it mean together."""
+    """Read ``key`` together with the keys beside it."""
     given = hf_config[key]
     if not isinstance(given, dict):
         raise ValueError(f"{source}: {key} is {given!r}, expected an object")
@@ -121,28 +124,39 @@ def _reading(hf_config: Mapping[str, Any], key: str, source: str, context: int) 
     theta = _theta(hf_config, (f"{key}.rope_theta", scaling.pop("rope_theta", None)), source)
     _check_scaling(scaling, rope_type, key, source)
     original = _original_context(hf_config, scaling.pop(_ORIGINAL, None), key, source)
-    if rope_type in ("llama3", "yarn"):
+    if _has_original_context(rope_type):
         scaling[_ORIGINAL] = context if original is None else _whole(original, f"{source}: {_ORIGINAL}")
     scaling.pop("partial_rotary_factor", None)
     return RopeParameters(theta=theta, rope_type=rope_type, scaling=scaling, max_position_embeddings=context)
 
 
-def _rope_type(scaling: dict[str, Any], key: str, source: str) -> str:
+def _rope_type(scaling: dict[str, Any], key: str, source: str) -> RopeType:
     old, new = scaling.pop("type", None), scaling.pop("rope_type", None)
     if old is not None and new is not None and old != new:
         raise ValueError(
             f"{source}: {key}.rope_type is {new!r} and {key}.type {old!r}, which contradict each other; keep one"
         )
     rope_type = new or old or "default"
-    if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
-        *names, last = map(repr, _REQUIRED)
-        raise ValueError(
-            f"{source}: {key}.rope_type is {rope_type!r}, which is not supported; expected {', '.join(names)} or {last}"
-        )
-    return rope_type
+    for known in _REQUIRED:
+        if rope_type == known:
+            return known
+    *names, last = map(repr, _REQUIRED)
+    raise ValueError(
+        f"{source}: {key}.rope_type is {rope_type!r}, which is not supported; expected {', '.join(names)} or {last}"
+    )
 
 
-def _check_scaling(scaling: Mapping[str, Any], rope_type: str, key: str, source: str) -> None:
+def _has_original_context(rope_type: RopeType) -> bool:
+    """Return whether the rotation depends on the context before scaling."""
+    match rope_type:
+        case "default" | "linear":
+            return False
+        case "llama3" | "yarn":
+            return True
+    assert_never(rope_type)
+
+
+def _check_scaling(scaling: Mapping[str, Any], rope_type: RopeType, key: str, source: str) -> None:
     for name in _REQUIRED[rope_type]:
         if not _is_positive(scaling.get(name)):
             raise ValueError(f"{source}: {key}.{name} is {scaling.get(name)!r}, expected a number above 0")
@@ -164,7 +178,7 @@ def _check_scaling(scaling: Mapping[str, Any], rope_type: str, key: str, source:
 
 
 def _theta(hf_config: Mapping[str, Any], inside: tuple[str, Any] | None, source: str) -> float:
-    """The base: beside the scaling, or inside it (a name and a value)."""
+    """Return the base, which stands beside the scaling or inside it (a name and a value)."""
     given = [("rope_theta", hf_config.get("rope_theta")), *([inside] if inside else [])]
     given = [(name, value) for name, value in given if value is not None]
     for name, value in given:
@@ -180,7 +194,7 @@ def _theta(hf_config: Mapping[str, Any], inside: tuple[str, Any] | None, source:
 
 
 def _original_context(hf_config: Mapping[str, Any], inside: Any, key: str, source: str) -> Any:
-    """The context before scaling: transformers 5 prefers the key outside the scaling, transformers 4 never reads it."""
+    """Return the context before scaling; transformers 5 prefers the key outside, transformers 4 never reads it."""
     outside = hf_config.get(_ORIGINAL)
     if outside is None:
         return inside
@@ -216,7 +230,7 @@ def _integer(hf_config: Mapping[str, Any], key: str, source: str, default: int) 
 
 
 def _whole(value: Any, name: str) -> int:
-    """A number of positions, which some files write as a float."""
+    """Check a number of positions, which some files write as a float."""
     if not _is_positive(value) or value != int(value):
         raise ValueError(f"{name} is {printable(value, 40)}, expected a whole number of at least 1")
     if value > LARGEST_SIZE:

@@ -1,8 +1,7 @@
 """Adafactor on parameters that tensor-parallel ranks split and that fuse several Hugging Face matrices.
 
-In come float32 parameters, their gradients and, for each parameter, the Hugging Face tensors inside it; out comes the
-step that transformers' Adafactor takes on those tensors one by one. Invariant: the update of a tensor depends on the
-whole tensor and on nothing else, however it is fused, split or padded.
+The step is the one that transformers' Adafactor takes on the Hugging Face tensors inside the parameters one by one.
+Invariant: the update of a tensor depends on the whole tensor and on nothing else, however it is fused, split or padded.
 
 R rows and C columns of a Hugging Face tensor; a rank holds r of its rows or c of its columns.
 """
@@ -47,7 +46,7 @@ class Adafactor(torch.optim.Optimizer):
     Args:
         params: parameter groups; ``lr`` and ``weight_decay`` may differ between groups. Parameters are looked up by
             their place at every step, for megatron-core puts float32 copies there after construction. One without a
-            gradient is left alone; then it must have none on any rank of ``tensor_group``.
+            gradient is skipped; then it must have none on any rank of ``tensor_group``.
         pieces: ``pieces[group][i]`` are the Hugging Face tensors in parameter ``i`` of that group.
         lr: learning rate.
         decay_rate: negative exponent of the averages' decay over steps.
@@ -77,7 +76,7 @@ class Adafactor(torch.optim.Optimizer):
         self._ranks = 1 if tensor_group is None else dist.get_world_size(tensor_group)
 
     def initialize_state(self) -> None:
-        """Zero averages and step 0 for every parameter that has no state yet, as before the first step."""
+        """Give every parameter without state zero averages and step 0, as before the first step."""
         for _, parameter, pieces in self._places():
             if not self.state[parameter]:
                 self.state[parameter] = {"step": 0} | {
@@ -86,7 +85,7 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         self.initialize_state()
         shards = list(self._next_shards())
         self._average_squares(shards)
@@ -99,7 +98,7 @@ class Adafactor(torch.optim.Optimizer):
                 yield group, parameter, pieces
 
     def _next_shards(self) -> Iterator[_Shard]:
-        """This rank's share of every tensor that has a gradient, its step counted."""
+        """Count the step of every tensor that has a gradient, and yield this rank's share of it."""
         for group, parameter, pieces in self._places():
             if parameter.grad is None:
                 continue
@@ -117,7 +116,7 @@ class Adafactor(torch.optim.Optimizer):
                 )
 
     def _real_rows(self, piece: HfPiece, tensor: torch.Tensor) -> torch.Tensor:
-        """View on the piece without the rows that pad the vocabulary, which stand at the end of the last ranks."""
+        """Return a view on the piece without the rows that pad the vocabulary, at the end of the last ranks."""
         local = piece.view(tensor)
         # A view of more dimensions interleaves heads; only the vocabulary is padded.
         if piece.shard_dim == 0 and local.ndim == len(piece.shape):
@@ -138,7 +137,7 @@ class Adafactor(torch.optim.Optimizer):
                 shard.averages[key].mul_(shard.beta).add_(value, alpha=1.0 - shard.beta)
 
     def _update_square_sums(self, shards: list[_Shard]) -> list[torch.Tensor]:
-        """Per shard the sum of the squares of the whole tensor's update, before clipping."""
+        """Return, for each shard, the sum of the squares of the whole tensor's update before clipping."""
         sums = [shard.update().square_().sum() for shard in shards]
         self._sum_over_ranks([value for shard, value in zip(shards, sums, strict=True) if shard.split_dim is not None])
         return sums
@@ -159,14 +158,14 @@ class _Shard:
 
     piece: HfPiece
     split_dim: int | None
-    """The dimension of which other ranks hold the rest."""
+    """Dimension along which other ranks hold the rest."""
     parameter: torch.Tensor
-    """Strided view on the share, of the shape of ``gradient``: never copied, not even where heads interleave."""
+    """Strided view on the share, of the shape of ``gradient``; it is never copied, not even where heads interleave."""
     gradient: torch.Tensor
     averages: dict[str, torch.Tensor]
     """The tensor's part of the state."""
     beta: float
-    """Share of the averages that the step keeps."""
+    """Factor of the averages in the step."""
     group: dict[str, Any]
     """The parameter group: lr, weight_decay, clip_threshold, eps."""
 
@@ -175,14 +174,14 @@ class _Shard:
         return len(self.piece.shape) == 2
 
     def average_squares(self) -> dict[str, torch.Tensor]:
-        """What the step adds to each average; over a split dimension the rank's part of it, else the whole."""
+        """Return what the step adds to each average; over a split dimension the rank's part of it, else the whole."""
         squares = self.gradient.square().add_(self.group["eps"]).reshape(_local_shape(self.piece, self.gradient))
         if not self.is_matrix:
             return {"exp_avg_sq": squares}
         return {key: squares.sum(dim) / self.piece.shape[dim] for dim, key in enumerate(_AVERAGES)}
 
     def update(self) -> torch.Tensor:
-        """Gradient over the root of its estimated mean square, in a new tensor of the gradient's shape."""
+        """Return the gradient over the root of its estimated mean square, in a new tensor of the gradient's shape."""
         if not self.is_matrix:
             factor = self.averages["exp_avg_sq"].rsqrt()
         else:
@@ -209,7 +208,7 @@ def _zero_averages(piece: HfPiece, local: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def _local_shape(piece: HfPiece, local: torch.Tensor) -> tuple[int, ...]:
-    """Shape of the rank's share as a Hugging Face tensor: heads no longer interleaved."""
+    """Return the shape of the rank's share as a Hugging Face tensor: heads no longer interleaved."""
     shape = list(piece.shape)
     if piece.shard_dim is not None:
         shape[piece.shard_dim] = local.numel() * shape[piece.shard_dim] // math.prod(shape)

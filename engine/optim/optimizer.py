@@ -1,17 +1,15 @@
-"""The update rule on megatron-core's gradients: AdamW, its state sharded over replicas or not, or Adafactor.
+"""The update rule on megatron-core's gradients, and the learning rate of each update.
 
-Both keep float32 copies of bfloat16 parameters, and measure and clip the norm of the whole gradient over all ranks.
-
-Step number in, learning rate out: linear warm-up, then cosine or linear decay, or a constant rate.
-
-The rate of every update is above 0 (unless the peak is), also the first one's: warm-up counts updates from 1, where
-the reference implementation counts from 0 and so spends its first update on nothing.
+The rule is AdamW, its state sharded over replicas or not, or Adafactor. Both keep float32 copies of bfloat16
+parameters, and clip the norm of the whole gradient, measured over all ranks. The learning rate warms up linearly, then
+decays as a cosine or linearly, or stays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,9 +18,15 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from typing_extensions import assert_never
 
-from reflectron.engine.config import LrScheduleConfig, OptimizerConfig
+from reflectron.engine.config import AdamwBackend, LrScheduleConfig, OptimizerConfig
 from reflectron.engine.model.architecture import Architecture
 from reflectron.engine.model.gpt import PackedGPT
 from reflectron.engine.model.hf_mapping import hf_pieces
@@ -31,7 +35,7 @@ from reflectron.engine.parallel.process_groups import ParallelGroups
 
 
 def shards_optimizer(config: OptimizerConfig, distributed_optimizer: bool) -> bool:
-    """Whether optimizer state is sharded over replicas; Adafactor's factored state is too small to need it."""
+    """Return whether optimizer state is sharded over replicas; Adafactor's factored state is too small to need it."""
     return distributed_optimizer and config.name == "adamw"
 
 
@@ -42,12 +46,12 @@ def build_optimizer(
     arch: Architecture,
     groups: ParallelGroups,
     shard: bool,
-    adamw: str = "torch",
+    adamw: AdamwBackend = "torch",
 ) -> MegatronOptimizer:
-    """The optimizer of this rank's parameters, to be built after the weights are loaded.
+    """Build the optimizer of this rank's parameters, whose weights are loaded.
 
     Args:
-        config: rule and its constants.
+        config: update rule and its constants.
         wrapped: ``chunks`` inside data parallelism.
         chunks: this rank's part of the model.
         arch: gives the Hugging Face tensors inside the parameters, by which Adafactor factors.
@@ -83,8 +87,10 @@ def build_optimizer(
     if config.name == "adamw":
         _use_adamw(adamw)
         optimizer = megatron_optimizer.get_megatron_optimizer(megatron_config, list(wrapped))
-    else:
+    elif config.name == "adafactor":
         optimizer = _build_adafactor(config, megatron_config, chunks, arch, groups)
+    else:
+        assert_never(config.name)
     for group in optimizer.param_groups:
         if config.name == "adamw" and adamw == "torch_fused":
             # megatron-core cannot be told to pass it on. Before the first step it is as good as an argument.
@@ -95,30 +101,60 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
-    """Learning rate of the next update."""
+    """Set the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
-def squared_gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
-    """Squared L2 norm of the whole gradient over all ranks, [1] float32 on the device; the gradient is then ready for
-    ``update``.
+@dataclass(frozen=True)
+class GradientAxis:
+    """Gradients whose squares, summed over one process group, count every element once.
 
-    megatron-core's own (0.16.1) waits for the device: once, or without transformer-engine once for every parameter.
+    A model has one axis for its dense parameters; parameters that are split over other ranks have an axis of their own.
+    """
+
+    gradients: list[torch.Tensor]
+    """This rank's share."""
+    group: dist.ProcessGroup | None
+    """The ranks that together hold all of it; None for every rank of the job."""
+
+
+def squared_gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Return the squared L2 norm of the whole gradient over all ranks, [1] float32 on the device.
+
+    The gradient is then ready for ``update``. megatron-core's own (0.16.1) waits for the device: once, or without
+    transformer-engine once for every parameter.
     """
     optimizer.prepare_grads()
-    total = torch.zeros(1, device=torch.cuda.current_device())
-    for part in _parts(optimizer):
-        norms = torch._foreach_norm(part.get_main_grads_for_grad_norm())
-        square = torch.stack(norms).square().sum().reshape(1) if norms else torch.zeros_like(total)
-        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+    return squared_norm(gradient_axes(optimizer), torch.device(torch.cuda.current_device()))
+
+
+def gradient_axes(optimizer: MegatronOptimizer) -> list[GradientAxis]:
+    """Return the gradients of each part of the optimizer, beside the group that its statistics are summed over."""
+    return [
+        GradientAxis(part.get_main_grads_for_grad_norm(), part.get_grad_stats_parallel_group())
+        for part in _parts(optimizer)
+    ]
+
+
+def squared_norm(axes: Iterable[GradientAxis], device: torch.device) -> torch.Tensor:
+    """Return the squared L2 norm over all axes, [1] float32; every rank brings the same axes in the same order."""
+    total = torch.zeros(1, device=device)
+    for axis in axes:
+        square = torch.zeros_like(total)
+        if axis.gradients:
+            square = torch.stack(list(torch._foreach_norm(axis.gradients))).square().sum().reshape(1)
+        dist.all_reduce(square, group=axis.group)
         total += square
     return total
 
 
 def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip and update: with ``squared_gradient_norm`` what ``MegatronOptimizer.step`` does, which leaves no say in
-    between."""
+    """Clip the gradient and update the parameters.
+
+    After ``squared_gradient_norm`` it completes what ``MegatronOptimizer.step`` does at once, so that the caller can
+    skip the update in between.
+    """
     for part in _parts(optimizer):
         if parameters := part.get_parameters():
             clip_grad_by_total_norm_fp32(
@@ -131,24 +167,62 @@ def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
 
 def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    """Return the optimizers of a chain, one for each kind of parameter, or the only one there is."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def adamw_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The AdamW that ``Backends`` names so; ``torch_fused`` is ``torch`` with the option ``fused``."""
+def learning_rate(step: int, total_steps: int, peak: float, schedule: LrScheduleConfig) -> float:
+    """Return the learning rate of one update: above 0 also for the first, whose warm-up counts updates from 1.
+
+    The reference implementation counts from 0 and so spends its first update on nothing. From the end of the warm-up
+    the rate equals transformers' ``get_cosine_schedule_with_warmup``, ``get_linear_schedule_with_warmup`` and
+    ``get_constant_schedule_with_warmup`` where ``min_learning_rate`` is 0.
+
+    Args:
+        step: updates before this one, 0 to ``total_steps - 1``.
+        total_steps: updates of the run.
+        peak: ``optimizer.learning_rate``.
+        schedule: shape, warm-up and lowest rate.
+    """
+    warmup = warmup_steps(total_steps, schedule)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / (total_steps - warmup)
+    if schedule.shape == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    elif schedule.shape == "linear":
+        share = 1 - progress
+    elif schedule.shape == "constant":
+        return peak
+    else:
+        assert_never(schedule.shape)
+    return schedule.min_learning_rate + (peak - schedule.min_learning_rate) * share
+
+
+def warmup_steps(total_steps: int, schedule: LrScheduleConfig) -> int:
+    """Return the updates that warm up; the ratio is rounded up, as transformers does."""
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps
+    return math.ceil(total_steps * schedule.warmup_ratio)
+
+
+def adamw_class(name: AdamwBackend) -> Callable[..., torch.optim.Optimizer]:
+    """Return the AdamW that ``Backends`` names so; ``torch_fused`` is ``torch`` with the option ``fused``."""
     if name == "transformer_engine":
         from transformer_engine.pytorch.optimizers import FusedAdam as Adam
     elif name == "apex":
         from apex.optimizers import FusedAdam as Adam
-    else:
+    elif name == "torch" or name == "torch_fused":
         from torch.optim import AdamW as Adam
+    else:
+        assert_never(name)
     return Adam
 
 
-def _use_adamw(name: str) -> None:
+def _use_adamw(name: AdamwBackend) -> None:
     """Have megatron-core build this AdamW: on import it takes transformer-engine's, else Apex's, else torch's (0.16.1).
 
-    What it notes then by global names is written anew, in both modules that note it.
+    The global names in which it records its choice are written again, in both modules that have them.
     """
     is_torch = name in ("torch", "torch_fused")
     megatron_optimizer.Adam = distrib_optimizer.Adam = adamw_class(name)
@@ -166,7 +240,7 @@ def _build_adafactor(
     groups: ParallelGroups,
 ) -> MegatronOptimizer:
     members = list(hf_pieces(chunks, arch, groups.tp.size()))
-    # Matrices decay, norms and biases do not; megatron-core's name for the share is wd_mult.
+    # Matrices decay, norms and biases do not; megatron-core calls the factor wd_mult.
     parts = [[entry for entry in members if (entry[0].dim() > 1) == decays] for decays in (True, False)]
     base = Adafactor(
         [{"params": [p for p, _ in part], "wd_mult": mult} for part, mult in zip(parts, (1.0, 0.0), strict=True)],
@@ -186,35 +260,3 @@ def _build_adafactor(
     optimizer.tp_group = groups.tp
     optimizer.model_chunks = list(chunks)
     return optimizer
-
-
-def learning_rate(step: int, total_steps: int, peak: float, schedule: LrScheduleConfig) -> float:
-    """Learning rate of one update.
-
-    From the end of the warm-up it equals transformers' ``get_cosine_schedule_with_warmup``,
-    ``get_linear_schedule_with_warmup`` and ``get_constant_schedule_with_warmup`` where ``min_learning_rate`` is 0.
-
-    Args:
-        step: updates before this one, 0 to ``total_steps - 1``.
-        total_steps: updates of the run.
-        peak: ``optimizer.learning_rate``.
-        schedule: shape, warm-up and lowest rate.
-    """
-    warmup = warmup_steps(total_steps, schedule)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / (total_steps - warmup)
-    if schedule.shape == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    elif schedule.shape == "linear":
-        share = 1 - progress
-    else:
-        return peak
-    return schedule.min_learning_rate + (peak - schedule.min_learning_rate) * share
-
-
-def warmup_steps(total_steps: int, schedule: LrScheduleConfig) -> int:
-    """Updates that warm up; the ratio is rounded up, as transformers does."""
-    if schedule.warmup_steps is not None:
-        return schedule.warmup_steps
-    return math.ceil(total_steps * schedule.warmup_ratio)

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from reflectron.engine.files import printable
 from reflectron.engine.parallel.launch import RUN_SECRET
-from reflectron.engine.text import printable
 
 _MOST_BYTES = 8192
 _MOST_WORDS = 500
@@ -47,7 +47,7 @@ class Note:
     """It has come to the end and is no longer watched."""
 
     def place(self) -> str:
-        """Step and phase as a user reads them."""
+        """Return step and phase as a user reads them."""
         return f"step {self.step}, {self.phase}" if self.step else self.phase
 
 
@@ -71,7 +71,7 @@ class RankProgress:
         )
 
     def tick(self) -> None:
-        """Something was done, also where no phase ends."""
+        """Note that something was done, also where no phase ends."""
         self.note = replace(self.note, ticks=self.note.ticks + 1)
 
 
@@ -171,7 +171,7 @@ class JobJudge:
         self._began = self._progressed = now
 
     def forgive(self, seconds: float) -> None:
-        """Not count a time in which the reader itself was stopped."""
+        """Skip a time in which the reader itself was stopped."""
         self._began += seconds
         self._progressed += seconds
         for seen in self._seen.values():

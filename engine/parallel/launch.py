@@ -36,7 +36,7 @@ NOT_FINITE_EXIT_CODE = 87
 _PORTS = range(15000, 30000)
 # Set for the ranks of spawn_local, which sees itself which of them ends first.
 SUPERVISED = "REFLECTRON_SUPERVISED"
-# Of one run, known to its ranks alone: they sign with it what they tell each other. spawn_local sets it.
+# A secret of one run's ranks: they sign with it what they tell each other. spawn_local sets it.
 RUN_SECRET = "REFLECTRON_RUN_SECRET"
 # The watchdogs of the ranks say more of a rank that stands still; the launcher speaks where none of them is left to.
 _AFTER_WATCHDOG_S = 10.0
@@ -134,7 +134,7 @@ def _addresses(node: str, env: Mapping[str, str]) -> Iterator[str]:
 
 
 def first_host(node_list: str) -> str:
-    """First host of Slurm's compressed list: ``node[003-005,9],other`` -> ``node003``."""
+    """Return the first host of Slurm's compressed list: ``node[003-005,9],other`` -> ``node003``."""
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", node_list).split(",")[0]
 
 
@@ -376,7 +376,7 @@ def _watch(rank: int, pid: int, events: SimpleQueue[_Event]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Kill what is left of a rank and of the processes it started; its exit code, negative for a signal."""
+    """Kill what is left of a rank and its processes; return its exit code, negative for a signal."""
     if process.returncode is None:
         _signal_group(process, signal.SIGKILL)
     return process.wait()

@@ -1,12 +1,16 @@
-"""This rank's process groups in torch.distributed and megatron-core, and what all ranks must learn from the main one.
+"""This rank's process groups in torch.distributed and megatron-core, the store where ranks meet, and errors they share.
 
 Ranks are laid out as megatron-core does: tensor-parallel ranks are neighbours, then come context-parallel ranks,
-then replicas, then stages.
+then replicas, then stages. They meet at the key-value store that rank 0 hosts, or torchrun's agent. Ranks of one
+machine meet on its loopback address, which no other machine reaches; torch would listen on all addresses. The store of
+several machines is open to whoever reaches its port, so a firewall has to keep others out.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,12 +20,15 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from typing_extensions import assert_never
 
 from reflectron.engine.config import ParallelConfig
+from reflectron.engine.files import printable
 from reflectron.engine.job_lock import LockLost
 from reflectron.engine.parallel.judge import RankProgress
-from reflectron.engine.parallel.rendezvous import open_store
-from reflectron.engine.text import printable
+
+_LOOPBACK_INTERFACE = "lo"
 
 
 @dataclass(frozen=True)
@@ -126,17 +133,20 @@ def start_process_groups(parallel: ParallelConfig, seed: int, timeout_minutes: f
 
         redirect_cuda_to_cpu()
         keep_freed_memory()
-        device = torch.device("cpu")
-    else:
+        device, communication = torch.device("cpu"), "gloo"
+    elif kind == "cuda":
         # megatron-core overlaps the communication of tensor parallelism with matrix products by the order of launches,
         # which one hardware queue keeps.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", device_index(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()))
         torch.cuda.set_device(device)
+        communication = "nccl"
+    else:
+        assert_never(kind)
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(
-        "gloo" if kind == "cpu" else "nccl",
-        store=open_store(timeout.total_seconds()),
+        communication,
+        store=join_store(timeout.total_seconds()),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timeout,
@@ -268,3 +278,79 @@ def file_error(error: BaseException) -> str:
     if isinstance(cause, OSError) and cause.strerror:
         return f"{cause.filename}: {cause.strerror}" if cause.filename else cause.strerror
     return printable((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def join_store(timeout_s: float) -> Store:
+    """Return this rank's connection to the store of the job that RANK, MASTER_ADDR and MASTER_PORT describe; rank 0
+    hosts it.
+
+    Raises:
+        RuntimeError: when it cannot be reached in time.
+        OSError: when its port is taken.
+    """
+    host, port = master()
+    hosts_it = os.environ["RANK"] == "0" and not _torchrun_hosts_it()
+    listening = None
+    if is_loopback(host):
+        stay_on_this_machine()
+        if hosts_it:
+            listening = _listen(host, port)
+            port = listening.getsockname()[1]
+    store = TCPStore(
+        host,
+        port,
+        is_master=hosts_it,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        # The store closes it.
+        master_listen_fd=None if listening is None else listening.detach(),
+    )
+    return PrefixStore(_attempt(), store)
+
+
+def connect_again(timeout_s: float) -> Store:
+    """Return a connection of its own to the same store: each allows one call at a time, which may wait."""
+    host, port = master()
+    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return PrefixStore(_attempt(), store)
+
+
+def master() -> tuple[str, int]:
+    """Return where the store listens."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only processes of this machine reach ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def stay_on_this_machine() -> None:
+    """Have the backends listen on the loopback interface alone, whatever a cluster's environment says."""
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _LOOPBACK_INTERFACE
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, kind, protocol)
+    # A store of the run before may not have been forgotten yet.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        raise OSError(error.errno, f"port {port} of {host}, where the ranks meet, is taken: {error.strerror}") from None
+    listening.listen(4096)
+    return listening
+
+
+def _torchrun_hosts_it() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _attempt() -> str:
+    # torchrun keeps the store over its restarts.
+    return f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"

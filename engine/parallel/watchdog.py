@@ -23,10 +23,10 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from reflectron.engine.parallel import rendezvous
+from reflectron.engine.files import printable
+from reflectron.engine.parallel import process_groups
 from reflectron.engine.parallel.judge import JobJudge, Note, RankProgress, Seal, WatchdogLimits, note_text, read_note
 from reflectron.engine.parallel.launch import SUPERVISED, WATCHDOG_EXIT_CODE
-from reflectron.engine.text import printable
 
 # After a rank has said that it fails, the others have this long to end by themselves: often all meet the same error.
 _FAILING_GRACE_S = 5.0
@@ -238,7 +238,7 @@ class _Talk:
     def _meet(self) -> None:
         """Wait until something listens where the store will be; rank 0 may prepare inputs for hours before it does."""
         while not self._ending.is_set() and not self._met.is_set():
-            with suppress(OSError), socket.create_connection(rendezvous.master(), timeout=_CONNECT_S):
+            with suppress(OSError), socket.create_connection(process_groups.master(), timeout=_CONNECT_S):
                 self._patience_s = _FIRST_CONNECT_S
                 self._met.set()
             self._ending.wait(min(self.beat_s, 0.5))
@@ -246,7 +246,7 @@ class _Talk:
     def _round(self) -> None:
         if self._store is None:
             patience_s, self._patience_s = self._patience_s, _CONNECT_S
-            self._store = PrefixStore(self._seal.prefix(), rendezvous.connect_again(patience_s))
+            self._store = PrefixStore(self._seal.prefix(), process_groups.connect_again(patience_s))
         try:
             self._exchange(self._store)
         except Exception:
@@ -291,7 +291,7 @@ class _Talk:
 
     def _count_failure(self, order: list[int]) -> None:
         with suppress(RuntimeError):
-            store = PrefixStore(self._seal.prefix(), rendezvous.connect_again(_CONNECT_S))
+            store = PrefixStore(self._seal.prefix(), process_groups.connect_again(_CONNECT_S))
             order[0] = store.add("failures", 1)
 
 
@@ -303,5 +303,6 @@ def _lost_contact(error: BaseException) -> bool:
     """Return whether ``error`` came from a collective, so that another rank may be at fault."""
     if isinstance(error, dist.DistError):
         return True
+    # gloo raises a plain RuntimeError, for which torch has no type: its words are all there is.
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text or "closed by peer" in text)

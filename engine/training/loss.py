@@ -1,7 +1,7 @@
-"""Hidden states of a pack + its loss rows -> the weighted loss and its terms.
+"""The loss of a pack: hidden states and loss rows give the weighted sums of all loss terms.
 
-Only the rows that bear a loss are taken out of the hidden states, so the output layer costs nothing for the others. The
-result is one tensor, as megatron-core's schedules want it; ``TERMS`` names its entries.
+Only the rows with a loss are taken out of the hidden states, so the output layer costs nothing for the others. The
+result is one tensor in the order of ``TERMS``, as megatron-core's schedules want it.
 
 T tokens of a pack or of a context-parallel rank's share of it, H hidden, V padded vocabulary, tp tensor-parallel ranks.
 """
@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel import (
 
 from reflectron.engine.config import LossConfig
 from reflectron.engine.data.microbatch import LossRows
-from reflectron.kernels.distill_head import PairRows, Rows, distillation_head
-
-TERMS = ("loss", "ce_teacher", "ce_student", "ce_generation", "kl")
+from reflectron.engine.training.terms import LossTerms
+from reflectron.kernels.distill_head import distillation_head
+from reflectron.kernels.types import PairRows, Rows
 
 
 class PackLoss:
@@ -47,12 +47,12 @@ class PackLoss:
         self.sequence_parallel = sequence_parallel
 
     def __call__(self, hidden_states: torch.Tensor, weight: torch.Tensor, rows: LossRows) -> torch.Tensor:
-        """Weighted sums over ``rows``, [5] float32 in the order of ``TERMS``; the first has a gradient.
+        """Return the weighted sums over ``rows``, [terms] float32 in the order of ``TERMS``; the loss has a gradient.
 
         Args:
             hidden_states: [T, 1, H], or [T / tp, 1, H] with sequence parallelism.
             weight: [V / tp, H], this rank's rows of the output layer.
-            rows: which rows bear a loss; with context parallelism those whose loss this rank computes.
+            rows: which rows have a loss; with context parallelism those whose loss this rank computes.
         """
         # Both regions sum the partial gradients that the head returns, over the ranks that share the vocabulary.
         if self.sequence_parallel:
@@ -90,4 +90,11 @@ class PackLoss:
         )
         ce_generation = result.rows_ce[: rows.generation_rows].sum()
         ce_teacher = result.ce_teacher + result.rows_ce[rows.generation_rows :].sum()
-        return torch.stack((result.loss, ce_teacher, result.ce_student, ce_generation, result.kl))
+        terms: LossTerms[torch.Tensor, torch.Tensor] = LossTerms(
+            loss=result.loss,
+            ce_teacher=ce_teacher,
+            ce_student=result.ce_student,
+            ce_generation=ce_generation,
+            kl=result.kl,
+        )
+        return torch.stack(terms.values())

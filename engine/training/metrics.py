@@ -1,4 +1,4 @@
-"""One row of numbers a step, and where it is written: JSON lines, TensorBoard, Weights & Biases."""
+"""A step's row of numbers, written as JSON lines and to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,31 +19,21 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from reflectron.engine.config import Config
-from reflectron.engine.files import append_whole, write_text, write_whole
+from reflectron.engine.files import append_whole, one_line, write_text, write_whole
 from reflectron.engine.parallel.process_groups import ParallelGroups
-from reflectron.engine.text import one_line
+from reflectron.engine.training.terms import MeanTerms
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepMetrics:
-    """What ``metrics.jsonl`` records of a step; tokens and rates are of the whole job, not of a rank."""
+class StepMetrics(MeanTerms):
+    """The row that ``metrics.jsonl`` records of a step; tokens and rates are of the whole job, not of a rank."""
 
     step: int
     """1-based: updates done."""
-    loss: float
-    """Of the global batch, before the update; null when it is not finite, as any number here."""
-    ce_teacher: float | None
-    """Mean cross entropy of the teacher's rows in nats, by the rows' weights; null when there are none."""
-    ce_student: float | None
-    """The same of the student's rows."""
-    ce_generation: float | None
-    """The same of generation samples."""
-    kl: float | None
-    """Mean divergence of the student from the teacher in nats, times temperature squared."""
     mask_rate: float
     """Rate of the dynamic mask, 0 to 1."""
     learning_rate: float
-    """Of the update."""
+    """Learning rate of the update."""
     grad_norm: float
     """L2 norm of the whole gradient before clipping."""
     skipped: bool
@@ -55,13 +45,13 @@ class StepMetrics:
     tokens_generation: int
     """Tokens of generation samples that entered the model."""
     tokens_saved: int
-    """Tokens of reflection samples that the students did not cost: hidden, or shared with the teacher's view."""
+    """Tokens of reflection samples that the student views save: hidden, or shared with the teacher view."""
     pack_fill: float
     """Real tokens / padded tokens."""
     step_time_ms: float
     """Wall time of the step, waiting for data included."""
     data_wait_ms: float
-    """Part of it that the main rank waited for its batch, which is prepared while the step before it runs."""
+    """Time of it that the main rank waited for its batch, which is prepared while the step before it runs."""
     tokens_per_second: float
     """Real tokens that entered the model / wall time."""
     peak_memory_gib: float
@@ -69,10 +59,10 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """Writes rows of one run; made on the main rank only.
+    """Writes the rows of one run; used on the main rank only.
 
-    A run that resumes keeps its rows up to there and loses the later ones, which it will write again. At the beginning
-    of one, files that an earlier run left are kept as ``metrics.previous.jsonl`` and so on.
+    A run that resumes keeps its rows up to its checkpoint and drops the later ones, which it will write again. A run
+    that begins keeps the files of an earlier one as ``metrics.previous.jsonl`` and so on.
 
     Args:
         config: the run.
@@ -83,7 +73,7 @@ class MetricsLog:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.notes: list[str] = []
-        """What was found damaged, a line each."""
+        """Lines for a person, about damaged files and what is no longer written."""
         for name in ("metrics", "validation", "evaluation", "nonfinite", "spikes"):
             path = folder / f"{name}.jsonl"
             if path.exists() and first_step:
@@ -92,7 +82,7 @@ class MetricsLog:
             elif path.exists():
                 path.replace(folder / f"{name}.previous.jsonl")
         self._folder = folder
-        self._files = {"metrics": RowFile(folder / "metrics.jsonl")}
+        self._files = {"metrics": MetricsFile(folder / "metrics.jsonl")}
         self._tensorboard = None
         if config.train.tensorboard:
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -100,13 +90,13 @@ class MetricsLog:
 
     @property
     def waiting(self) -> str:
-        """Why rows wait in memory to be written; empty when none do."""
+        """The reason why rows wait in memory to be written; empty when none do."""
         return next((file.waiting for file in self._files.values() if file.waiting), "")
 
     def write(self, row: StepMetrics) -> None:
         """Record one step."""
         values = dataclasses.asdict(row)
-        self.append("metrics", values)
+        self.append("metrics", {"step": row.step, **values})
         self._write_elsewhere("train", row.step, values)
 
     def write_validation(self, step: int, values: dict[str, Any]) -> None:
@@ -122,9 +112,9 @@ class MetricsLog:
         self._write_elsewhere(name, step, values)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        """Add a row to ``<name>.jsonl``; its ``step`` tells which rows a run that resumes keeps."""
+        """Add a row to ``<name>.jsonl``; by its ``step`` a run that resumes keeps or drops it."""
         if name not in self._files:
-            self._files[name] = RowFile(self._folder / f"{name}.jsonl")
+            self._files[name] = MetricsFile(self._folder / f"{name}.jsonl")
         self._files[name].append(row)
 
     def _write_elsewhere(self, group: str, step: int, values: dict[str, Any]) -> None:
@@ -134,14 +124,14 @@ class MetricsLog:
                 for key, value in named.items():
                     self._tensorboard.add_scalar(key, value, step)
             except OSError as error:
-                # It is a view of what metrics.jsonl holds; its writer does not recover.
+                # The events repeat what metrics.jsonl holds; their writer does not recover.
                 self._tensorboard = None
-                self.notes.append(f"TensorBoard events end here, training goes on: {one_line(error)}")
+                self.notes.append(f"TensorBoard events end here, training continues: {one_line(error)}")
         if self._wandb is not None:
             self._wandb.log(named, step=step)
 
     def close(self) -> None:
-        """Flush everything; a second call does nothing."""
+        """Flush and close everything; a second call does nothing."""
         while self._files:
             self._files.popitem()[1].close()
         if self._tensorboard is not None:
@@ -151,11 +141,11 @@ class MetricsLog:
             self._wandb.finish()
 
 
-class RowFile:
+class MetricsFile:
     """Appends rows of JSON, each whole or not at all; on a full disk they wait in memory for the next try."""
 
     waiting: str
-    """Why rows wait; empty when all are written."""
+    """The reason why rows wait; empty when all are written."""
 
     def __init__(self, path: Path) -> None:
         self.waiting = ""
@@ -164,14 +154,13 @@ class RowFile:
         self._rows = b""
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write ``row`` behind the others; NaN and infinity as null."""
-        # JSON knows neither NaN nor infinity.
+        """Write ``row`` behind the others; NaN and infinity, which JSON has not, as null."""
         wrong = {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
         self._rows += json.dumps(row | wrong).encode() + b"\n"
         self._write()
 
     def close(self) -> None:
-        """Try once more, and give the file back."""
+        """Try once more to write the rows that wait, and close the file."""
         self._write()
         os.close(self._descriptor)
 
@@ -185,20 +174,19 @@ class RowFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file, each with its ``step``; what is no such row, as a last one that was cut short, is
-    skipped."""
+    """Return the rows of a JSON lines file, each with its ``step``; other lines, as one cut short, are skipped."""
     return _rows_and_damage(path)[0]
 
 
 def _rows_and_damage(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Rows, and how many lines but for a cut last one are none."""
+    """Return the rows, and the number of other lines, a last one that was cut short not counted."""
     *lines, _ = path.read_bytes().split(b"\n")
     rows = [row for row in map(_row, lines) if row is not None]
     return rows, len(lines) - len(rows)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A row with its ``step``, in which what a step's metrics call a number is one or null."""
+    """Return the row if it has a ``step`` and every metric in it is a number or null, else None."""
     try:
         row = json.loads(line)
         sound = type(row["step"]) is int and all(_is_number(row[name]) for name in _NUMBERS & row.keys())
@@ -211,18 +199,18 @@ _NUMBERS = frozenset(field.name for field in dataclasses.fields(StepMetrics))
 
 
 def _is_number(value: object) -> bool:
-    # An integer of hundreds of digits is none that can be drawn.
+    # An integer of hundreds of digits cannot be drawn.
     return value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def _drop_rows_after(path: Path, step: int) -> str:
-    """Rewrite a file of rows, or leave it as it is; a line about damage, or nothing."""
+    """Rewrite a file of rows without those after ``step``; return a line about damage, empty when there is none."""
     rows, damaged = _rows_and_damage(path)
     note = ""
     if damaged:
         kept = path.with_suffix(".damaged.jsonl")
         write_whole(kept, lambda stream: stream.write(path.read_bytes()))
-        note = f"{path}: {damaged} lines are no rows and are left out; {kept} keeps the file as it was"
+        note = f"{path}: {damaged} lines are not rows and were skipped; {kept} keeps the file as it was"
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
     return note
 
@@ -263,7 +251,7 @@ class WandbRun:
 
 
 def wandb_run_id(config: Config) -> str:
-    """The id in ``<output_dir>/wandb_run.json``, or a new one, which is kept there; starting over takes a new one."""
+    """Return the id in ``<output_dir>/wandb_run.json``, or write a new one there; starting over takes a new one."""
     path = Path(config.output_dir) / "wandb_run.json"
     if config.checkpoint.resume == "auto":
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -276,7 +264,7 @@ def wandb_run_id(config: Config) -> str:
 
 
 def peak_memory_gib(groups: ParallelGroups) -> float:
-    """Largest memory use so far among all ranks, in GiB; every rank calls it."""
+    """Return the largest memory use so far among all ranks, in GiB; every rank calls it."""
     if groups.device.type == "cuda":
         used = torch.cuda.max_memory_allocated(groups.device)
     else:

@@ -1,17 +1,8 @@
-"""What a run needs before any process group exists: architecture, tokenizer, token stores, all of it checked.
+"""A run and its folder: inputs prepared and checked, what makes two runs the same, how a run ends and is stopped.
 
-``prepare`` builds the stores and is called by one process; every rank then calls ``open_run_inputs``, which reads what
-was built. Neither imports torch, so a wrong path or a sample too long for the budget is reported before anything heavy
-starts.
-
-What determines a run, key by key: a folder that holds one run must not be continued by another.
-
-Two configurations with the same identity train the same curve, up to rounding: the parallel layout, the token budget,
-the number of workers and where files lie are not part of it; what the files hold is.
-
-A request from outside to stop a training run soon: SIGTERM, or Slurm's SIGUSR1 before a time limit.
-
-The signal only leaves a mark; the run finishes its step, saves and ends with ``REQUEUE_EXIT_CODE``.
+One process calls ``prepare``, which tokenises and checks everything; every rank then reads the result by
+``open_run_inputs``. Nothing here needs a process group or megatron-core, so that a wrong path or a sample too long for
+the budget is reported before anything heavy starts.
 """
 
 from __future__ import annotations
@@ -28,22 +19,29 @@ from typing import Any
 
 import numpy as np
 
-from reflectron.engine.checkpoint.manifest import DamagedCheckpoint, check_same_run, read_manifest
-from reflectron.engine.checkpoint.retention import (
+from reflectron.engine.checkpoint.folder import (
+    DamagedCheckpoint,
+    check_same_run,
     checkpoints_folder,
     export_folder,
+    read_manifest,
     set_aside,
     step_folder,
     steps_to_try,
 )
 from reflectron.engine.config import Config, DataFile
+from reflectron.engine.data.batch_source import BatchSource, StepSamples, StoreSource
 from reflectron.engine.data.masking import visible_tokens
-from reflectron.engine.data.sampler import DRAWS_VERSION, Draws, SampleOrder
+from reflectron.engine.data.sampler import DRAWS_VERSION, Draws, SampleOrder, SampleRef, mask_draws
 from reflectron.engine.data.store import TokenStore, build_store, open_store
+from reflectron.engine.data.tokenization import TokenizedSample
+from reflectron.engine.data.views import SampleViews, make_views
 from reflectron.engine.files import remove, write_text
 from reflectron.engine.model.architecture import Architecture
 from reflectron.engine.model.inputs import ModelInputs, read_model_inputs
 from reflectron.engine.weights.identity import weights_identity
+
+# ---- inputs ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class RunInputs:
     train: TokenStore | None
     """Training samples; None when the configuration names no files."""
     validation: TokenStore | None
-    """Held-out samples; likewise."""
+    """Held-out samples; None when the configuration names no files."""
 
 
 def prepare(config: Config, progress: bool) -> RunInputs:
@@ -92,7 +90,7 @@ def prepare(config: Config, progress: bool) -> RunInputs:
 
 
 def open_run_inputs(config: Config) -> RunInputs:
-    """What ``prepare`` built, on any rank."""
+    """Return what ``prepare`` built, on any rank."""
     model = read_model_inputs(config)
 
     def open_part(part: str, files: tuple[DataFile, ...]) -> TokenStore | None:
@@ -105,8 +103,41 @@ def open_run_inputs(config: Config) -> RunInputs:
     )
 
 
+def training_source(config: Config, inputs: RunInputs) -> BatchSource:
+    """Return the source of the samples of every step of the run.
+
+    Raises:
+        ValueError: when there are no training files, or the run has no step.
+    """
+    if inputs.train is None:
+        raise ValueError("data.train is empty, expected at least one file")
+    order = sample_order(inputs.train, config.data.train, config.seed)
+    total_steps, epochs = run_length(config, order)
+    return StoreSource(inputs.train, order, config, total_steps=total_steps, epochs=epochs)
+
+
+def held_out_samples(config: Config, inputs: RunInputs) -> StepSamples:
+    """Return all validation samples, with the student at the end of the mask schedule.
+
+    The rate is 1 at any point of a run, so that its validations measure one task: the answer without the reflection.
+
+    Raises:
+        ValueError: when there are no validation files.
+    """
+    if inputs.validation is None:
+        raise ValueError("data.validation is empty, expected at least one file")
+    rate = 1.0
+
+    def views(index: int, sample: TokenizedSample) -> SampleViews:
+        draws = mask_draws(config.seed, SampleRef(0, index, 0))
+        return make_views(sample, visible_tokens(sample, config.mask, rate, draws))
+
+    store = inputs.validation
+    return StepSamples(views=[views(index, store[index]) for index in range(len(store))], mask_rate=rate)
+
+
 def check_budget(store: TokenStore, files: tuple[DataFile, ...], config: Config) -> None:
-    """Refuse a budget that a sample's two views exceed when the student sees the most.
+    """Reject a budget that a sample's two views exceed when the student sees the most.
 
     Raises:
         ValueError: naming the sample that needs the most tokens.
@@ -128,7 +159,7 @@ def check_budget(store: TokenStore, files: tuple[DataFile, ...], config: Config)
 
 
 def check_positions(store: TokenStore, files: tuple[DataFile, ...], config: Config, arch: Architecture) -> None:
-    """Refuse samples that are longer than the model has positions; a smaller ``data.max_length`` drops and counts them.
+    """Reject samples that are longer than the model has positions; a smaller ``data.max_length`` drops and counts them.
 
     Raises:
         ValueError: naming the longest sample.
@@ -144,15 +175,15 @@ def check_positions(store: TokenStore, files: tuple[DataFile, ...], config: Conf
 
 
 def sample_order(store: TokenStore, files: tuple[DataFile, ...], seed: int) -> SampleOrder:
-    """The order in which the samples of ``files`` are trained on."""
+    """Return the order in which the samples of ``files`` are trained on."""
     return SampleOrder([file.repeat for file in files], store.file_index, seed)
 
 
 def run_length(config: Config, order: SampleOrder) -> tuple[int, float | None]:
-    """Steps of a run, and the epochs after which its last batch stops short; None where a number of steps ends it.
+    """Return the steps of a run, and the epochs that end its last batch early; None where a number of steps ends it.
 
     Raises:
-        ValueError: when that is no step at all.
+        ValueError: when the run has no step at all.
     """
     if config.train.steps:
         return config.train.steps, None
@@ -166,15 +197,18 @@ def run_length(config: Config, order: SampleOrder) -> tuple[int, float | None]:
 
 
 def store_folder(config: Config, part: str) -> Path:
-    """Where the token store of ``train`` or ``validation`` is."""
+    """Return the folder of the token store of ``train`` or ``validation``."""
     return Path(config.data.store_dir or Path(config.output_dir) / "token_store") / part
 
 
-_FINISHED = "finished.json"
-# Everything else in a configuration is part of the identity, so that a new key is, until someone decides otherwise.
+# ---- identity ----
+
+# Two configurations of one identity train the same curve, up to rounding: a folder that holds one run must not be
+# continued by another. Every key that is not listed is part of the identity, so that a new one is until someone decides
+# otherwise.
 NOT_IDENTITY = frozenset(
     {
-        # Where things are, who computes them, and how much at once.
+        # Paths, implementations and layout.
         "output_dir",
         "parallel",
         "backends",
@@ -184,7 +218,7 @@ NOT_IDENTITY = frozenset(
         "model.make_vocab_size_divisible_by",
         "data.store_dir",
         "data.workers",
-        # What watches the run and records it.
+        # Watching and recording.
         "data.validation",
         "data.max_reject_share",
         "eval",
@@ -197,19 +231,19 @@ NOT_IDENTITY = frozenset(
         "train.spike_threshold",
         "train.spike_window",
         "train.max_skipped_steps",
-        # Files and folders, which count by their content.
+        # Files and folders are identified by their content.
         "model.path",
         "model.config",
         "tokenizer.path",
         "data.train.path",
-        # One of the two decides.
+        # Together with train.steps; one of the two decides.
         "train.epochs",
     }
 )
 
 
 def run_identity(config: Config, inputs: RunInputs) -> dict[str, Any]:
-    """By configuration key, what a continued run must have in common with the run so far; plain JSON values."""
+    """Return, by configuration key, what a resumed run must have in common with the run so far; plain JSON values."""
     assert inputs.train is not None, "a run has training files"
     store, train = inputs.train, config.train
     identity: dict[str, Any] = {
@@ -228,7 +262,7 @@ def run_identity(config: Config, inputs: RunInputs) -> dict[str, Any]:
 
 
 def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every key of a configuration that is not ``NOT_IDENTITY``, by its dotted name; of a list, a list of values."""
+    """Return every key of a configuration outside ``NOT_IDENTITY`` by its dotted name; for a list, a list of values."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -245,11 +279,16 @@ def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+# ---- the folder ----
+
+_FINISHED = "finished.json"
+
+
 def look_into_folder(config: Config, inputs: RunInputs) -> str | None:
-    """Before a run: whether ``output_dir`` leaves anything to do.
+    """Find out, before a run, whether ``output_dir`` leaves anything to do.
 
     Returns:
-        A line that says the run is finished, or None.
+        A line that says that the run is finished, or None.
 
     Raises:
         ValueError: when the folder holds another run, and ``checkpoint.resume`` is ``auto``.
@@ -280,7 +319,7 @@ def look_into_folder(config: Config, inputs: RunInputs) -> str | None:
 
 
 def _read_finished(path: Path) -> dict[str, Any] | None:
-    """What ``mark_finished`` wrote; None when it did not, or the file is damaged: then the export is made again."""
+    """Return what ``mark_finished`` wrote; None when it is missing or damaged: the export is then repeated."""
     try:
         content = json.loads(path.read_bytes())
         return content if isinstance(content["run"], dict) and type(content["step"]) is int else None
@@ -289,9 +328,9 @@ def _read_finished(path: Path) -> dict[str, Any] | None:
 
 
 def _lost_of_export(config: Config, finished: dict[str, Any]) -> str:
-    """Which file of the finished run's weights is not there as it was written; empty when all are."""
+    """Name a file of the finished run's weights that is not there as it was written; empty when all are."""
     folder, sizes = export_folder(config.output_dir), finished.get("export")
-    # A run that finished before they were noted.
+    # A run that finished before sizes were recorded.
     if not isinstance(sizes, dict):
         sizes = {}
     for name in (*sizes, "config.json"):
@@ -305,7 +344,7 @@ def _lost_of_export(config: Config, finished: dict[str, Any]) -> str:
 
 
 def mark_finished(config: Config, identity: dict[str, Any], step: int) -> None:
-    """Note that the run of ``step`` updates is complete, and the size of each file of its exported weights.
+    """Record that the run of ``step`` updates is complete, and the size of each file of its exported weights.
 
     The other files of the export are small, and a user may well change them.
     """
@@ -315,22 +354,27 @@ def mark_finished(config: Config, identity: dict[str, Any], step: int) -> None:
 
 
 def start_over(config: Config) -> None:
-    """As a run begins anew: set aside what would make a later start believe that it had come further."""
+    """Set aside, as a run begins anew, what would make a later start believe that it had come further."""
     remove(Path(config.output_dir) / _FINISHED)
     set_aside(checkpoints_folder(config.output_dir))
 
 
+# ---- stop signals ----
+
+
 @dataclass
 class StopRequest:
-    """What this process has been asked for."""
+    """Whether this process has been asked to stop its training run soon."""
 
     received: bool = False
-    """It is to stop."""
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within it, SIGTERM and SIGUSR1 mark the request instead of ending the process; main thread only."""
+    """Have SIGTERM, and Slurm's SIGUSR1 before a time limit, mark the request instead of ending the process.
+
+    Only the main thread may call it. The run finishes its step, saves and ends with ``REQUEUE_EXIT_CODE``.
+    """
     request = StopRequest()
 
     def mark(number: int, frame: FrameType | None) -> None:

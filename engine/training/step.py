@@ -1,12 +1,7 @@
-"""One optimizer step: forward and backward over the microbatches, reduction, clipping, update.
+"""One optimizer step: forward and backward over the microbatches, reduction, clipping, update; and validation.
 
-The loss of a step is a weighted sum over rows whose weights the batch brings along, so nothing here divides by tokens,
-microbatches or replicas. The host waits for the device once, in ``_outcome``, between backward and update.
-
-Loss terms on held-out samples, with the student at the end of the mask schedule.
-
-The rate is 1 whatever the training has reached, so that values along a run are of the same task: the answer without the
-reflection.
+The loss of a step is a weighted sum over loss tokens whose weights the batch brings along, so nothing here divides by
+tokens, microbatches or replicas. The host waits for the device once, in ``_outcome``, between backward and update.
 """
 
 from __future__ import annotations
@@ -23,39 +18,22 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from reflectron.engine.config import Config
+from reflectron.engine.data.batch_source import StepSamples
 from reflectron.engine.data.global_batch import GlobalBatch, assemble, share_of_batch
-from reflectron.engine.data.masking import visible_tokens
 from reflectron.engine.data.microbatch import Microbatch, to_device
 from reflectron.engine.data.packing import CostModel
-from reflectron.engine.data.sampler import SampleRef, mask_draws
-from reflectron.engine.data.store import TokenStore
-from reflectron.engine.data.views import make_views
 from reflectron.engine.model.attention import PackedRows
 from reflectron.engine.optim.optimizer import set_learning_rate, squared_gradient_norm, update
 from reflectron.engine.parallel.process_groups import ParallelGroups
-from reflectron.engine.training.loss import TERMS
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossTerms:
-    """Loss of a global batch, and its terms as means in nats over the rows that bear them, by the rows' weights.
-
-    A term without rows in the batch is None.
-    """
-
-    loss: float
-    ce_teacher: float | None
-    ce_student: float | None
-    ce_generation: float | None
-    kl: float | None
+from reflectron.engine.training.terms import TERMS, LossSums, MeanTerms, mean_terms
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step did."""
+    """The numbers of one step, the same on all ranks."""
 
-    terms: LossTerms
-    """Loss before the update."""
+    terms: MeanTerms
+    """Loss and its terms before the update."""
     grad_norm: float
     """L2 norm of the whole gradient before clipping."""
     skipped: bool
@@ -69,7 +47,7 @@ def train_step(
     batch: GlobalBatch,
     learning_rate: float,
 ) -> StepResult:
-    """Train on one global batch, or leave the update out; every rank calls it and gets the same result."""
+    """Train on one global batch; skip the update where loss or gradient are not finite. Every rank calls it."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -82,13 +60,13 @@ def train_step(
 
 
 def _outcome(sums: torch.Tensor, squared_norm: torch.Tensor, batch: GlobalBatch, groups: ParallelGroups) -> StepResult:
-    """Loss and gradient norm, read from the device together; whether the update is skipped, alike on all ranks."""
+    """Read loss and gradient norm from the device together, and decide for all ranks whether the update is skipped."""
     # Each replica may have measured the norm for itself; one must never update while another does not.
     not_finite = squared_norm.isfinite().logical_not().double()
     summed = torch.cat((_sums_of_this_rank(sums, groups), not_finite))
     dist.all_reduce(summed)
     *totals, ranks_not_finite, square = torch.cat((summed, squared_norm.double())).tolist()
-    terms = _terms(totals, batch)
+    terms = mean_terms(LossSums.of(totals), batch.term_weights)
     skipped = ranks_not_finite > 0 or not math.isfinite(terms.loss)
     return StepResult(terms=terms, grad_norm=math.sqrt(square), skipped=skipped)
 
@@ -105,8 +83,8 @@ def forward_backward(
         forward_only: compute no gradients.
 
     Returns:
-        Weighted sums of the loss terms (``TERMS``) of each of this rank's microbatches, [microbatches, 5] float32;
-        empty on pipeline stages other than the last.
+        Weighted sums of the loss terms of each of this rank's microbatches, [microbatches, terms] float32 in the order
+        of ``TERMS``; empty on pipeline stages other than the last.
     """
     microbatches = [to_device(microbatch, groups.device) for microbatch in batch.microbatches]
     results = get_forward_backward_func()(
@@ -133,12 +111,12 @@ def _ticking(microbatches: Sequence[Microbatch], groups: ParallelGroups) -> Iter
 def forward_step(
     data_iterator: Iterator[Microbatch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
-    """megatron-core's forward step: this stage's output and the function that takes the loss from it."""
+    """Return this stage's output and the function that takes the loss from it: megatron-core's forward step."""
     return run_model(model, next(data_iterator)), _take_loss
 
 
 def run_model(model: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor:
-    """Output of this rank's stage for one microbatch on its device."""
+    """Return this rank's stage's output for one microbatch on its device."""
     output: torch.Tensor = model(
         input_ids=microbatch.tokens[None],
         position_ids=microbatch.position_ids[None],
@@ -157,15 +135,15 @@ def _take_loss(terms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[st
     return terms[0].clone(), torch.zeros((), dtype=torch.int, device=terms.device), {"terms": terms.detach()}
 
 
-def reduce_terms(sums: torch.Tensor, batch: GlobalBatch, groups: ParallelGroups) -> LossTerms:
-    """Loss and mean terms of the global batch from every rank's weighted sums; the same on all ranks."""
+def reduce_terms(sums: torch.Tensor, batch: GlobalBatch, groups: ParallelGroups) -> MeanTerms:
+    """Return loss and mean terms of the global batch from every rank's weighted sums; the same on all ranks."""
     mine = _sums_of_this_rank(sums, groups)
     dist.all_reduce(mine)
-    return _terms(mine.tolist(), batch)
+    return mean_terms(LossSums.of(mine.tolist()), batch.term_weights)
 
 
 def _sums_of_this_rank(sums: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
-    """What this rank adds to the terms of the global batch, [5] float64."""
+    """Return what this rank adds to the terms of the global batch, [terms] float64."""
     mine = sums.sum(dim=0).double()
     # All tensor-parallel ranks of a last stage hold the same sums, so one of them speaks; context-parallel ranks hold
     # those of their own rows.
@@ -174,24 +152,11 @@ def _sums_of_this_rank(sums: torch.Tensor, groups: ParallelGroups) -> torch.Tens
     return mine
 
 
-def _terms(totals: Sequence[float], batch: GlobalBatch) -> LossTerms:
-    total = dict(zip(TERMS, totals, strict=True))
-    weights = vars(batch.term_weights)
-    means = {term: total[term] / weight if weight else None for term, weight in weights.items()}
-    return LossTerms(loss=total["loss"], **means)
-
-
 def validate(
-    chunks: Sequence[torch.nn.Module], store: TokenStore, config: Config, cost: CostModel, groups: ParallelGroups
-) -> LossTerms:
-    """Loss terms over all samples of ``store`` as one global batch; every rank calls it and gets the same."""
-    samples = [store[index] for index in range(len(store))]
-    draws = (mask_draws(config.seed, SampleRef(0, index, 0)) for index in range(len(store)))
-    views = [
-        make_views(sample, visible_tokens(sample, config.mask, 1.0, drawn))
-        for sample, drawn in zip(samples, draws, strict=True)
-    ]
-    whole = assemble(views, config, cost, 1.0, groups.dp.rank(), groups.dp.size())
+    chunks: Sequence[torch.nn.Module], samples: StepSamples, config: Config, cost: CostModel, groups: ParallelGroups
+) -> MeanTerms:
+    """Return the loss terms over ``samples`` as one global batch; every rank calls it and gets the same."""
+    whole = assemble(samples.views, config, cost, samples.mask_rate, groups.dp.rank(), groups.dp.size())
     batch = share_of_batch(whole, groups.cp.rank(), groups.cp.size())
     for chunk in chunks:
         chunk.eval()

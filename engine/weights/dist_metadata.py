@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from reflectron.engine.text import printable
+from reflectron.engine.files import printable
 from reflectron.engine.weights.inert_pickle import ForeignPickle, Made, Name, Pairs, PickleLimits, parse
 from reflectron.engine.weights.torch_file import DTYPES
 
@@ -84,7 +84,7 @@ def _content(path: Path) -> bytes:
 
 class _Builder:
     def __init__(self) -> None:
-        # Of lists and tuples that a file holds once and names many times over.
+        # What the file's lists and tuples became: it holds each once and names it many times over.
         self._sizes: dict[int, torch.Size] = {}
         self._chunks: dict[int, list[ChunkStorageMetadata]] = {}
 
@@ -143,7 +143,7 @@ class _Builder:
 
 
 def _fields(node: Any, name: str) -> dict[str, Any]:
-    """Attributes of a dataclass's instance."""
+    """Return the attributes of a dataclass's instance."""
     match node:
         case Made(name=found, args=(), state=Pairs(items=items)) if found == name:
             return {_text(key): value for key, value in items}

@@ -16,7 +16,7 @@ from reflectron.engine.config import Config
 from reflectron.engine.data.tokenizer import Tokenizer
 from reflectron.engine.files import free_bytes, gib
 from reflectron.engine.model.architecture import Architecture
-from reflectron.engine.model.hf_config import class_name
+from reflectron.engine.model.hf_config import FAMILIES
 from reflectron.engine.model.hf_mapping import checkpoint_tensors
 from reflectron.engine.model.inputs import ModelInputs
 from reflectron.engine.model.rope import attention_factor
@@ -48,7 +48,7 @@ def export_config(inputs: ModelInputs, dtype: torch.dtype) -> dict[str, Any]:
     arch, name = inputs.arch, str(dtype).removeprefix("torch.")
     exported = {key: value for key, value in inputs.hf_config.items() if key not in _REPLACED}
     exported |= {
-        "architectures": [class_name(arch.family)],
+        "architectures": [FAMILIES[arch.family].class_name],
         "vocab_size": arch.vocab_size,
         "num_key_value_heads": arch.num_query_groups,
         "rms_norm_eps": arch.layernorm_epsilon,
@@ -71,7 +71,7 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """BOS, padding and all that ends an answer, alike in both files."""
+    """Return BOS, padding and all that ends an answer, alike in both files."""
     # An answer ends with its message; EOS only follows the last one of a conversation.
     stops = [tokenizer.eos_id]
     if "<|endofmessage|>" in tokenizer.tag_ids:
@@ -92,11 +92,11 @@ class ExportFiles:
     names: tuple[tuple[str, ...], ...]
     """Tensors of each file."""
     total_bytes: int
-    """Of all files."""
+    """The size of all files."""
 
 
 def plan_files(sizes: Sequence[tuple[str, int]], max_file_bytes: int) -> ExportFiles:
-    """Tensors with their bytes, in order, into files; a file ends before the tensor that would exceed the limit."""
+    """Divide tensors with their bytes into files, in order; one ends before the tensor that would exceed the limit."""
     files: list[list[str]] = [[]]
     in_file = 0
     for name, size in sizes:
@@ -142,7 +142,7 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
 
     Adafactor's averages are rows and columns, which the framing's share covers.
     """
-    a_parameter = 6 if config.model.dtype == "bfloat16" else 4
+    a_parameter = {"bfloat16": 6, "float32": 4}[config.model.dtype]
     if config.optimizer.name == "adamw":
         moments = (config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype)
         a_parameter += sum(getattr(torch, name).itemsize for name in moments)

@@ -23,7 +23,7 @@ _LARGEST_HEADER = 100_000_000
 
 
 def weights_identity(folder: str) -> str:
-    """SHA-256 over the weights in ``folder``, of either format that ``model.path`` may name.
+    """Return the SHA-256 over the weights in ``folder``, of either format that ``model.path`` may name.
 
     Raises:
         ValueError: naming a file that cannot be read.

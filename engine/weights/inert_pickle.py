@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from reflectron.engine.text import printable
+from reflectron.engine.files import printable
 
 # What CPython writes from 3.8 to 3.14, and torch.save.
 _PROTOCOLS = range(2, 6)
@@ -48,7 +48,7 @@ class Made:
     state: Any = None
     """What BUILD would have given it."""
     items: list[tuple[Any, Any]] = field(default_factory=list)
-    """Of a kind of dictionary."""
+    """Keys and values, where it is a kind of dictionary."""
 
 
 @dataclass(frozen=True, eq=False)

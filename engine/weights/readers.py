@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from reflectron.engine.files import read_object
+from reflectron.engine.files import printable, read_object
 from reflectron.engine.model.hf_mapping import EMBEDDING, OUTPUT_LAYER
-from reflectron.engine.text import printable
 from reflectron.engine.weights.identity import INDEX_FILE, SINGLE_FILE
 
 _ROWS_AT_A_TIME = 4096
@@ -223,13 +222,13 @@ class WithAddedTokens:
         return rows
 
     def _old_row(self, name: str, old_shape: tuple[int, ...], token: int) -> torch.Tensor:
-        """[1, H]; a sub-token may itself be new."""
+        """Return [1, H]; a sub-token may itself be new."""
         if token >= self.vocab_size:
             return self._mean(name, old_shape)[None]
         return self.source.read(name, old_shape, 0, token, token + 1)
 
     def _mean(self, name: str, old_shape: tuple[int, ...]) -> torch.Tensor:
-        """[H] mean of all old rows in their type; the same on every rank, whichever rows it holds."""
+        """Return [H], the mean of all old rows in their type; the same on every rank, whichever rows it holds."""
         if name not in self._mean_of:
             total = torch.zeros(old_shape[1:], dtype=torch.float64)
             for start in range(0, self.vocab_size, _ROWS_AT_A_TIME):

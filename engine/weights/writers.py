@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from reflectron.engine.files import remove, remove_temporaries, sync, temporary_name
-from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.architecture import Architecture, linear_layers
 from reflectron.engine.model.gpt import PackedGPT
 from reflectron.engine.model.hf_mapping import CheckpointTensor, HfPiece, checkpoint_tensors, hf_pieces, tied_copy
 from reflectron.engine.model.inputs import ModelInputs
@@ -130,7 +130,7 @@ def _bytes(parameter: torch.nn.Parameter, piece: HfPiece) -> int:
 
 
 def _write(tensors: dict[str, torch.Tensor], file: Path) -> str:
-    """Write a file of weights; why it could not be written, or nothing."""
+    """Write a file of weights; return why it could not be written, or nothing."""
     partial = file.with_suffix(".partial")
     try:
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -179,10 +179,6 @@ def _write_file(stream: IO[bytes], pieces: Sequence[HfPiece], source: TensorSour
     for piece in pieces:
         tensor = source.read(piece.name, piece.shape, None, 0, 0).to(dtype).contiguous()
         stream.write(tensor.view(torch.uint8).numpy().data)
-
-
-# Linear layers of megatron-core expect an entry for what transformer-engine keeps beside its weights; it is empty here.
-_WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def write_weights(
@@ -274,11 +270,12 @@ def _index(tensor: CheckpointTensor) -> MetadataIndex:
 
 
 def _extra_state_keys(arch: Architecture) -> list[str]:
+    """Return entries where megatron-core's linear layers expect what transformer-engine has beside its weights."""
     layers = arch.num_layers
     return [
-        f"decoder.layers.{name}._extra_state/shard_{layer}_{layers}"
+        f"decoder.layers.{matrix.name}._extra_state/shard_{layer}_{layers}"
         for layer in range(layers)
-        for name in _WITH_EXTRA_STATE
+        for matrix in linear_layers(arch)
     ]
 
 

@@ -1,4 +1,4 @@
-"""A random generator comes in, problems go out: a task in words, its function, and faulty versions of that.
+"""Composes random problems: a task in words, its function, and faulty versions of that.
 
 Problems are split by composition: some pairs of operations that follow each other are held out. No training problem
 holds such a pair, every held-out problem does, and each operation occurs in both.
@@ -14,7 +14,7 @@ from string import Template
 
 from operations import RESULTS, SOURCES, STEPS, Operation, Source
 
-from reflectron.tools.data.reflection.mutation import mutants
+from reflectron.tools.data.reflection.programs import mutants
 
 HELD_OUT_SHARE = 0.15
 """Of the pairs of operations."""

@@ -1,8 +1,8 @@
-"""A seed comes in, the data of the ablation go out: problems in thousands, their solutions as instruction samples, and
-reflection samples whose programs were really run. The same seed gives the same bytes.
+"""Makes the data of the ablation: thousands of problems, their solutions as instruction samples, and reflection samples
+whose programs were really run. The same seed gives the same bytes.
 
 Every expected value and every execution block is what the interpreter gave; a problem is kept when its tests notice
-each step that is left out.
+each step that is omitted.
 
     python examples/ablation/make_problems.py --out outputs/ablation/data
 """
@@ -21,8 +21,8 @@ from typing import Any
 
 from composition import Problem, diagnosis, draw, faulty, held_out_pairs
 
-from reflectron.tools.eval import problems as eval_problems
-from reflectron.tools.eval.prompts import make_ask
+from reflectron.tools.benchmarks.benchmark import BenchmarkProblem, make_ask
+from reflectron.tools.benchmarks.own import OWN
 
 Record = dict[str, Any]
 
@@ -77,7 +77,7 @@ def run_all(programs: Sequence[str]) -> list[str]:
 
 
 def solve_all(problems: Sequence[Problem], rng: random.Random) -> list[Solved]:
-    """Run solutions and faulty versions; problems that are too easy to get right by accident are left out."""
+    """Run solutions and faulty versions; problems that are too easy to get right by accident are dropped."""
     calls = [[f"{p.name}({p.source.draw(rng)!r})" for _ in range(CALLS)] for p in problems]
     versions = [[p.code, *faulty(p, rng)] for p in problems]
     programs = [_probe(code, c) for codes, c in zip(versions, calls, strict=True) for code in codes]
@@ -123,8 +123,8 @@ def instruction_sample(solved: Solved) -> Record:
 
 def instruction(problem: Problem) -> str:
     """The words with which ``reflectron eval`` asks."""
-    asked = eval_problems.Problem("", problem.prompt, problem.name, {})
-    return make_ask("reflection", "humaneval", asked).instruction
+    asked = BenchmarkProblem("", problem.prompt, problem.name, {})
+    return make_ask("reflection", OWN, asked).instruction
 
 
 def reflection_samples(solved: Sequence[Solved], rng: random.Random) -> Iterator[Record]:

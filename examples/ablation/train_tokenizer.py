@@ -1,4 +1,4 @@
-"""The training data come in, a tokenizer of byte-level BPE tokens goes out; the engine adds the seven tags.
+"""Trains a tokenizer of byte-level BPE tokens on the training data; the engine adds the seven tags.
 
 Digits stand alone, so that constants are copied and not looked up. Afterwards the lengths of the samples are printed.
 
@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from reflectron.engine.data.conversation import Conversation
-from reflectron.engine.data.records import parse_record
+from reflectron.engine.data.sources import parse_record
 from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.tokenizer import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""The table of problems comes in, the quickstart's data files go out: JSON lines, the same bytes for the same seed.
+"""Makes the quickstart's data files from the table of problems: JSON lines, the same bytes for the same seed.
 
 Every execution block, every result named in a text and every expected value comes from running the code shown, in a
 fresh interpreter. An attempt that does not fail, or a solution that does, stops the generation.
@@ -147,7 +147,7 @@ def _attempt(code: str, diagnosis: str, calls: tuple[str, ...], wants: tuple[str
 def reflection_sample(instance: Instance, rng: random.Random) -> Record:
     """Attempts with their output and diagnosis, then the solution; in the second turn the solution alone.
 
-    A sixth of the samples succeed at once; earlier attempts are left out where the sample would be too long.
+    A sixth of the samples succeed at once; earlier attempts are omitted where the sample would be too long.
     """
     last = len(instance.attempts)
     first = last if rng.random() < 1 / 6 else rng.randrange(last)

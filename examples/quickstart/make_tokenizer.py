@@ -1,5 +1,5 @@
-"""The quickstart's training data come in, a sentencepiece model goes out: BPE with byte fallback, ids 0 to 2 for
-unknown, BOS and EOS. The engine adds the seven tags. Afterwards the data are measured with the new tokenizer.
+"""Trains the quickstart's sentencepiece model on its training data: BPE with byte fallback, ids 0 to 2 for unknown, BOS
+and EOS. The engine adds the seven tags. Afterwards the data are measured with the new tokenizer.
 
 Decoding gives back every text exactly: nothing is normalised, and runs of spaces, newlines and tabs are kept.
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from reflectron.engine.data.records import parse_record
+from reflectron.engine.data.sources import parse_record
 from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.tokenizer import load_tokenizer
 

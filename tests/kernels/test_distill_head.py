@@ -5,10 +5,18 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
-from head_problem import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from reflectron.kernels import distill_head, reference, softmax_statistics
+from reflectron.kernels.distill_head import distillation_head
+from reflectron.kernels.types import Divergence, PairRows, Rows
+from testkit.head_problem import (
     DEVICE,
     DIVERGENCES,
     HIDDEN,
@@ -22,12 +30,6 @@ from head_problem import (
     solve,
     solve_exactly,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
-
-from reflectron.kernels import distill_head, reference, softmax_statistics
-from reflectron.kernels.distill_head import PairRows, Rows, distillation_head
 
 # Numbers that are not finite are part of these tests, and the interpreter computes with numpy.
 pytestmark = [
@@ -36,7 +38,7 @@ pytestmark = [
 ]
 
 BACKENDS = ("reference", "triton")
-EVERY_DIVERGENCE = pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+EVERY_DIVERGENCE = pytest.mark.parametrize("divergence", get_args(Divergence))
 # The interpreter is slow: by default it is compared with the truth, and its other promises are for the whole suite.
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 # One beta runs all that Triton compiles for the JSD.
@@ -477,7 +479,7 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
         distillation_head(**arguments)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", get_args(Divergence))
 def test_no_value_is_read_back_from_the_device(divergence: str) -> None:
     """Meta tensors have no values, so any wait for a device would fail here."""
     weight, pairs, rows = make_problem(dtype=torch.bfloat16)

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from head_problem import DEVICE, assert_close, convert, leaves, make_problem, solve, solve_exactly
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from reflectron.kernels.distill_head import HeadLoss, distillation_head
+from reflectron.kernels.distill_head import distillation_head
+from reflectron.kernels.types import HeadLoss
+from testkit.head_problem import DEVICE, assert_close, convert, leaves, make_problem, solve, solve_exactly
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),

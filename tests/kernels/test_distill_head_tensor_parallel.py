@@ -6,14 +6,17 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reflectron.kernels.distill_head import HeadLoss, PairRows, Rows, distillation_head
+from reflectron.kernels.distill_head import distillation_head
+from reflectron.kernels.types import Divergence, HeadLoss, PairRows, Rows
 
 HIDDEN, COLUMNS = 8, 24
 
@@ -61,6 +64,30 @@ def run_shard(
     return out, [torch.cat(shards), *partial]
 
 
+def check_teacher_weight(group: dist.ProcessGroup, dtype: torch.dtype, vocab_size: int, options: dict) -> None:
+    """A teacher with a matrix of its own, wider than the student's, on shards and as a whole."""
+    (weight, _, student, hidden), pairs, rows = make_problem(dtype, vocab_size)
+    rng = torch.Generator().manual_seed(1)
+    shapes = ((len(student), HIDDEN + 3), (COLUMNS, HIDDEN + 3))
+    teacher, matrix = (torch.randn(*shape, generator=rng).to(dtype).requires_grad_() for shape in shapes)
+    pairs = replace(pairs, teacher_hidden=teacher)
+    options = {"vocab_size": vocab_size, **options}
+    whole = distillation_head(weight, pairs, rows, teacher_weight=matrix, **options)
+    expected = torch.autograd.grad(whole.loss, (weight, matrix, teacher, student, hidden))
+
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    shards = [x.detach().chunk(size)[rank].requires_grad_() for x in (weight, matrix)]
+    out = distillation_head(shards[0], pairs, rows, teacher_weight=shards[1], tp_group=group, **options)
+    *own, teachers, students, others = torch.autograd.grad(out.loss, (*shards, teacher, student, hidden))
+    for partial in (teachers, students, others):
+        dist.all_reduce(partial, group=group)
+    found = (*own, teachers, students, others)
+    expected = (*(x.chunk(size)[rank] for x in expected[:2]), *expected[2:])
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for value, true_value in zip((*vars(out).values(), *found), (*vars(whole).values(), *expected), strict=True):
+        torch.testing.assert_close(value, true_value, rtol=tolerance, atol=tolerance)
+
+
 def check(group: dist.ProcessGroup, dtype: torch.dtype, vocab_size: int, options: dict) -> None:
     inputs, pairs, rows = make_problem(dtype, vocab_size)
     whole = distillation_head(inputs[0], pairs, rows, vocab_size=vocab_size, **options)
@@ -80,9 +107,10 @@ def worker(rank: int, store: str, backend: str, size: int) -> None:
     # 12 columns leave all of the last shard of two to padding, 13 a part of shard 2 of four and all of shard 3.
     types = (torch.float64, torch.float32) if backend == "reference" else (torch.float32,)
     sizes = (24, 13, 12) if backend == "reference" else (13, 12)
-    for dtype, vocab_size, divergence in itertools.product(types, sizes, ("forward_kl", "reverse_kl", "jsd")):
+    for dtype, vocab_size, divergence in itertools.product(types, sizes, get_args(Divergence)):
         options = {"divergence": divergence, "jsd_beta": 0.3, "temperature": 1.5, "backend": backend}
         check(whole, dtype, vocab_size, options)
+        check_teacher_weight(whole, dtype, vocab_size, options)
     check(alone[rank], types[0], 13, {"backend": backend})
 
     no_rows = Rows(torch.empty(0, HIDDEN, requires_grad=True), torch.empty(0, dtype=torch.long), torch.empty(0))

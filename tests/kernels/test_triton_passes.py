@@ -5,10 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
-from head_problem import (
+
+from reflectron.kernels.distill_head import distillation_head
+from reflectron.kernels.types import Divergence
+from testkit.head_problem import (
     DEVICE,
     HIDDEN,
     VOCAB,
@@ -19,8 +23,6 @@ from head_problem import (
     solve,
     solve_exactly,
 )
-
-from reflectron.kernels.distill_head import distillation_head
 
 triton_passes = pytest.importorskip("reflectron.kernels.triton_passes")
 from reflectron.kernels import tuning  # noqa: E402
@@ -62,7 +64,7 @@ def test_tensor_descriptors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", get_args(Divergence))
 @pytest.mark.parametrize("distance", [1.0, 0.1])
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (torch.float16, torch.float32))]

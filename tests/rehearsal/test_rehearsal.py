@@ -18,13 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from pretended_cuda import build, environment
+from reflectron.tools.bench.checks import TOLERANCES
+from reflectron.tools.bench.harness import write_tiny_run
+from testkit.places import TESTS_DIR
+from testkit.pretended_cuda import build, environment
 
-from reflectron.tools.bench.check_step import TOLERANCES
-from reflectron.tools.bench.tiny_run import write_tiny_run
-
-TESTS = Path(__file__).parents[1]
 # Triton's interpreter computes a row of a layer in milliseconds; Liger's kernels have tests of their own.
 PLAIN_LAYERS = "backends.layers=torch"
 ON_CUDA = ("parallel.device=cuda", "model.dtype=bfloat16", PLAIN_LAYERS)
@@ -66,7 +64,7 @@ class Run:
         lines = (self.folder / "run" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def go_on(self) -> str:
+    def resume(self) -> str:
         """As if it had been lost behind the checkpoint before its last."""
         (self.folder / "run" / "finished.json").unlink()
         checkpoints = self.folder / "run" / "checkpoints"
@@ -98,7 +96,7 @@ def test_a_run_and_its_resumption_compute_what_the_cpu_does(
     for choice in ("attention torch_varlen", "weight_gradient addmm", "adamw torch_fused"):
         assert f"backends: {choice}" in found.shown
     check(found, truth)
-    assert "going on after step 3" in found.go_on()
+    assert "resuming after step 3" in found.resume()
     check(found, truth)
 
 
@@ -114,7 +112,7 @@ def test_two_ranks_compute_what_one_does(
 
 
 def test_a_step_waits_for_the_device_once(pretending: dict[str, str], tmp_path: Path) -> None:
-    run([str(TESTS / "e2e" / "test_host_waits.py"), str(tmp_path), PLAIN_LAYERS], pretending)
+    run([str(TESTS_DIR / "engine/training/test_host_waits.py"), str(tmp_path), PLAIN_LAYERS], pretending)
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert len(found["synchronisations"]) == 1, found["synchronisations"]
     assert len(found["bad_synchronisations"]) == 5
@@ -122,10 +120,10 @@ def test_a_step_waits_for_the_device_once(pretending: dict[str, str], tmp_path: 
 
 HEAD = """
 import json, sys, torch
-from reflectron.tools.bench import check_kernels
+from reflectron.tools.bench import checks
 
-check_kernels.SIZES["cuda"], check_kernels.DTYPES = ((72, 132, 9, 5),), (torch.bfloat16,)
-json.dump(list(check_kernels.kernel_rows(torch.device("cuda"))), sys.stdout)
+checks.SIZES["cuda"], checks.DTYPES = ((72, 132, 9, 5),), (torch.bfloat16,)
+json.dump(list(checks.kernel_rows(torch.device("cuda"))), sys.stdout)
 """
 
 

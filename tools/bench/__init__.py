@@ -1,1 +1,0 @@
-"""Measurements as rows: what makes them, what judges them, what shows them."""

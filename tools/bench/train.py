@@ -1,131 +1,233 @@
-"""``reflectron bench train``: the engine beside the reference's way of training, and beside itself without its parts.
+"""Measures the engine beside the reference's way of training, and beside itself without its parts.
 
-Every shape runs in processes of its own, so that none finds another's memory; its variants run side by side in them.
+This half holds what is measured (shapes, samples, variants and the layouts of their batches) and starts the ranks of
+``train_ranks``. Every shape runs in processes of its own, so that none finds another's memory; its variants run side by
+side in them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from reflectron.tools.bench.train_plan import TrainPlan
+import numpy as np
+from typing_extensions import assert_never
+
+from reflectron.engine.config import Config, DataFile
+from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.global_batch import GlobalBatch, lay_out, share_of_batch
+from reflectron.engine.data.microbatch import pack, page_locked
+from reflectron.engine.data.packing import CostModel, packing_sizes
+from reflectron.engine.data.sources import read_records
+from reflectron.engine.data.tokenization import TokenizedSample, tokenize
+from reflectron.engine.data.tokenizer import load_tokenizer
+from reflectron.engine.data.views import SampleViews, SampleWeights, row_weights
+from reflectron.engine.model.hf_config import read_hf_config
+from reflectron.engine.parallel.process_groups import ParallelGroups, device_type
+from reflectron.tools.bench.harness import ASSETS, new_rows_file, read_rows, run_ranks
+from reflectron.tools.bench.report import ENGINE, write_train_report
+from reflectron.tools.load_config import load_config
 
 NO_RESULT = "on the CPU this shows that the harness works; its times say nothing about training and are no results"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, on which samples, for how long."""
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the engine, for every variant")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="rows.jsonl, train.md and train.png")
-    parser.add_argument("--shapes", metavar="A,B", help="codellama-7b, codellama-34b, deepseek-coder-33b, config.json")
-    parser.add_argument("--layers", metavar="N", default="auto", help="layers of each shape; auto: as many as fit")
-    parser.add_argument("--budget", type=int, default=8192, metavar="N", help="tokens of a microbatch (default 8192)")
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="samples of a step (default 64)")
-    parser.add_argument("--max-length", type=int, default=4096, metavar="N", help="longest sample (default 4096)")
-    parser.add_argument("--mask-rates", metavar="A,B", default="schedule", help="0 to 1 each; schedule: three phases")
-    parser.add_argument("--variants", metavar="A,B", help="only these; all by default")
-    parser.add_argument("--build", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="also the engine so")
-    parser.add_argument("--data", metavar="FILE", help="conversations to train on, instead of the papers' lengths")
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer for --data")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, one a GPU (default 1)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each variant (default 5)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="begin no more work after this time (default 30)")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="rates for the predictions beside the rows")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: a tiny shape, no results")
+Layout = Literal["packed", "one_by_one", "hidden_kept"]
+"""``packed``: as the engine trains. ``one_by_one``: a microbatch a sample, padded to a multiple of 64 tokens at most.
+``hidden_kept``: every student's view costs as many tokens as the teacher's. What the student does not see lies beside
+it as a segment of its own without a loss: the linear layers pay for it as in the reference, attention a little less,
+since a hidden token then attends to hidden ones only."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and report; not 0 when a shape's processes failed, or the engine was measured on none."""
-    from reflectron.engine.parallel.launch import spawn_local
-    from reflectron.engine.parallel.process_groups import device_type
-    from reflectron.tools.bench.train_plan import ENGINE
-    from reflectron.tools.bench.train_report import write_report
+@dataclass(frozen=True)
+class Variant:
+    """One way of training on the same samples."""
 
-    config = _base_config(args)
-    cpu = device_type(config.parallel) == "cpu"
-    if cpu and args.device != "cpu":
+    layout: Layout = "packed"
+    fused_head: bool = True
+    """The Triton backend of the head where it can run; plain torch in chunks of rows otherwise."""
+    note: str = ""
+
+
+VARIANTS = {
+    ENGINE: Variant(note="as `reflectron train`"),
+    "engine_unpacked": Variant(layout="one_by_one", note="a sample a microbatch"),
+    "engine_full_student": Variant(layout="hidden_kept", note="hidden tokens stay in the student's row"),
+    "engine_plain_head": Variant(fused_head=False, note="loss.backend reference"),
+}
+"""Of the engine; ``BASELINE`` is beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """What the ranks of one shape measure; it travels as JSON."""
+
+    shape: str
+    config: str
+    """YAML file of the engine's settings, below the overrides."""
+    overrides: list[str]
+    layers: int | None
+    """None takes as many as fit."""
+    samples: int
+    data: str | None
+    tokenizer: str | None
+    mask_rates: list[float]
+    variants: list[str]
+    builds: dict[str, list[str]]
+    """The engine built once more with the overrides of each name."""
+    rounds: int
+    deadline: float
+    """``time.time()`` after which no more work begins."""
+    calibration: str | None
+    rows: str
+    """File that rows are added to."""
+
+
+def bench_train(plans: Sequence[TrainPlan], settings: dict[str, Any], folder: Path, gpus: int) -> int:
+    """Measure each plan and report.
+
+    Args:
+        plans: one a shape, with ``config`` and ``rows`` in ``folder``.
+        settings: of the engine, which its file gets.
+        folder: of rows, pages and logs.
+        gpus: ranks.
+
+    Returns:
+        Not 0 when the processes of a plan failed, or the engine was measured on none.
+    """
+    rows = new_rows_file(folder)
+    # JSON is YAML.
+    Path(plans[0].config).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    cpu = device_type(load_config(plans[0].config, plans[0].overrides).parallel) == "cpu"
+    if cpu and settings["parallel"]["device"] != "cpu":
         raise ValueError("no CUDA device is visible; --device cpu tests the harness on a tiny shape")
-    shapes = (args.shapes or ("tiny" if cpu else "codellama-7b,codellama-34b,deepseek-coder-33b")).split(",")
-    rows = args.out / "rows.jsonl"
-    if rows.exists():
-        raise ValueError(f"{rows} exists; name another folder with --out, rows are never overwritten")
-    plans = [_plan(args, shape, rows) for shape in shapes]
     code = 0
     for plan in plans:
-        folder = args.out / "runs" / Path(plan.shape).stem
-        folder.mkdir(parents=True, exist_ok=True)
-        plan.write(folder / "plan.json")
-        words = [sys.executable, "-W", "ignore", "-m", "reflectron.tools.bench.train_ranks", str(folder / "plan.json")]
-        code = spawn_local(words, args.gpus, threads_per_process=1, log_dir=folder) or code
-    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
-    print(write_report(found, args.out))
+        code = run_ranks("train_ranks", asdict(plan), gpus, folder / "runs" / Path(plan.shape).stem) or code
+    found = read_rows(rows)
+    print(write_train_report(found, folder))
     if cpu:
         print(NO_RESULT)
     return code or int(not any(row["variant"] == ENGINE and row["reason"] is None for row in found))
 
 
-def _base_config(args: argparse.Namespace) -> Any:
-    """Check the engine's settings before a process starts, and leave them in a file for the ranks."""
-    from reflectron.tools.load_config import load_config
+# ---- shapes: real widths and vocabularies, and as many layers as the device holds ----
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "engine.yaml"
-    settings = {
-        "model": {"dtype": "float32" if args.device == "cpu" else "bfloat16"},
-        "data": {"max_length": args.max_length},
-        "batch": {"global_batch_size": args.samples, "tokens_per_microbatch": args.budget},
-        "parallel": {"device": args.device},
-        "output_dir": str(args.out),
-    }
-    # JSON is YAML.
-    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return load_config(str(path), args.overrides)
+SHAPES = ("codellama-7b", "codellama-34b", "deepseek-coder-33b")
+# Tags that the template ``reflection`` adds to the vocabulary.
+_TAGS = 7
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 120,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+"""For a machine without a GPU: shows that the harness works, and nothing about speed."""
 
 
-def _plan(args: argparse.Namespace, shape: str, rows: Path) -> TrainPlan:
-    from reflectron.tools.bench.train_plan import BASELINE, SCHEDULE, VARIANTS, TrainPlan, parse_build
-    from reflectron.tools.bench.train_shapes import hf_config_of
+def hf_config_of(shape: str, vocab_size: int | None = None) -> dict[str, Any]:
+    """Return ``config.json`` of a shape by name or path, its vocabulary with the tags or as large as given.
 
-    known = (BASELINE, *VARIANTS)
-    variants = tuple(args.variants.split(",")) if args.variants else known
-    if unknown := set(variants) - set(known):
-        raise ValueError(f"--variants names {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
-    if bool(args.data) != bool(args.tokenizer):
-        raise ValueError("--data and --tokenizer come together: a file of conversations and what cuts it into tokens")
-    if args.layers != "auto" and not (args.layers.isdigit() and int(args.layers)):
-        raise ValueError(f"--layers is {args.layers!r}, expected auto or a number above 0")
-    for name in ("samples", "rounds", "gpus"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    hf_config_of(shape)
-    return TrainPlan(
-        shape=shape,
-        config=str(args.out / "engine.yaml"),
-        overrides=tuple(args.overrides),
-        layers=None if args.layers == "auto" else int(args.layers),
-        samples=args.samples,
-        data=args.data,
-        tokenizer=args.tokenizer,
-        mask_rates=SCHEDULE if args.mask_rates == "schedule" else _rates(args.mask_rates),
-        variants=variants,
-        builds=tuple(map(parse_build, args.build)),
-        rounds=args.rounds,
-        deadline=time.time() + 60 * args.minutes,
-        calibration=None if args.calibration is None else str(args.calibration),
-        rows=str(rows),
+    Raises:
+        ValueError: when there is no such file.
+    """
+    named = ASSETS / "models" / f"{shape}.json"
+    if shape != "tiny" and not named.exists() and not Path(shape).exists():
+        raise ValueError(f"--shapes names {shape!r}, expected {', '.join(SHAPES)}, tiny or a config.json")
+    content = dict(TINY) if shape == "tiny" else read_hf_config(named if named.exists() else shape)
+    content["vocab_size"] = max(content["vocab_size"], vocab_size or 0) if vocab_size else content["vocab_size"] + _TAGS
+    return content
+
+
+# ---- samples: made up from the papers' lengths, or the user's own ----
+
+
+def samples_of_file(path: Path, tokenizer_path: str, count: int, config: Config) -> tuple[list[TokenizedSample], int]:
+    """Return samples of a file of conversations at even distances from the sorted list, and the tokenizer's size.
+
+    Raises:
+        ValueError: when the file has fewer samples that fit than ``count``.
+    """
+    tokenizer = load_tokenizer(tokenizer_path, config.data.template)
+    found = []
+    for record in read_records(DataFile(path=str(path))):
+        try:
+            found.append(tokenize(record.conversation(), tokenizer, config.data.template, config.data.max_length))
+        except BadRecord:
+            continue
+    if len(found) < count:
+        raise ValueError(f"{path} has {len(found)} samples that fit, expected at least --samples {count}")
+    found.sort(key=lambda sample: (sample.kind, len(sample.input_ids)))
+    chosen = ((np.arange(count) + 0.5) / count * len(found)).astype(int)
+    return [found[index] for index in chosen], tokenizer.size
+
+
+# ---- layouts: they have the same loss and gradient, and differ in what is computed beside what is needed ----
+
+
+@dataclass(frozen=True)
+class LayoutWork:
+    """What a layout makes the model do, over all ranks."""
+
+    model_tokens: int
+    """Padding included."""
+    microbatches: int
+    sequence_length: int
+    """Of the longest microbatch."""
+
+
+def make_batch(
+    views: Sequence[SampleViews], layout: Layout, rate: float, config: Config, cost: CostModel, groups: ParallelGroups
+) -> tuple[GlobalBatch, LayoutWork]:
+    """Return this rank's microbatches, page-locked for CUDA, and the work of all ranks."""
+    rank, replicas = groups.dp.rank(), groups.dp.size()
+    listed, weights = list(views), row_weights(views, config.loss)
+    if layout == "hidden_kept":
+        hidden = [_hidden_tokens(v) for v in views if len(v.student_positions)]
+        listed, weights = listed + hidden, weights + [SampleWeights(0.0, 0.0, 0.0)] * len(hidden)
+    batch = lay_out(listed, weights, config, cost, rate, rank, replicas)
+    if layout == "packed" or layout == "hidden_kept":
+        microbatches = len(batch.microbatches) * replicas
+        work = LayoutWork(microbatches * batch.sequence_length, microbatches, batch.sequence_length)
+    elif layout == "one_by_one":
+        lengths = _padded_lengths(views, config)
+        order = np.argsort([-length for length in lengths], kind="stable")
+        mine = tuple(pack([listed[i]], [weights[i]], lengths[i]) for i in order[rank::replicas])
+        batch = replace(batch, microbatches=mine, sequence_length=max(lengths))
+        work = LayoutWork(sum(lengths), len(lengths), max(lengths))
+    else:
+        assert_never(layout)
+    batch = share_of_batch(batch, groups.cp.rank(), groups.cp.size())
+    if groups.device.type == "cuda":
+        batch = replace(batch, microbatches=tuple(map(page_locked, batch.microbatches)))
+    return batch, work
+
+
+def _hidden_tokens(view: SampleViews) -> SampleViews:
+    """Return what the student does not see, as a view without a loss."""
+    none = np.empty(0, np.int64)
+    return SampleViews(
+        input_ids=np.delete(view.input_ids, view.student_positions),
+        student_positions=none,
+        rows=none,
+        pair_rows=none,
+        pair_teacher_labels=none,
+        pair_student_labels=none,
     )
 
 
-def _rates(text: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        rates = ()
-    if not rates or not all(0 <= rate <= 1 for rate in rates):
-        raise ValueError(f"--mask-rates is {text!r}, expected schedule or numbers from 0 to 1")
-    return rates
+def _padded_lengths(views: Sequence[SampleViews], config: Config) -> list[int]:
+    """Return the tokens of each sample's microbatch; pipeline stages exchange equal ones only."""
+    _, multiple = packing_sizes(config)
+    tokens = [len(v.input_ids) + len(v.student_positions) for v in views]
+    lengths = [-(-count // multiple) * multiple for count in tokens]
+    return lengths if config.parallel.pipeline_model_parallel_size == 1 else [max(lengths)] * len(lengths)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from reflectron.engine.checkpoint.manifest import MANIFEST, check_file, read_manifest
+from reflectron.engine.checkpoint.folder import MANIFEST, check_file, read_manifest
 from reflectron.engine.data.tokenizer import Tokenizer, load_tokenizer
 from reflectron.engine.files import free_bytes, gib, remove, remove_temporaries, temporary_name
 from reflectron.engine.job_lock import take_lock
@@ -27,7 +27,7 @@ from reflectron.engine.weights.hf_folder import write_description, write_json
 from reflectron.engine.weights.readers import SafetensorsSource
 from reflectron.tools.load_config import config_from
 
-# What holds weights, in either format.
+# Files that hold weights, in either format.
 _WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
     *("*.distcp", METADATA_FILE, "common.pt", "metadata.json"),
@@ -36,24 +36,22 @@ _WEIGHT_FILES = (
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Weights and what describes them."""
+    """Opens the weights of a model and what describes them."""
 
     folder: Path
-    """Where they are."""
     arch: Architecture
-    """Of the model."""
     weights: SafetensorsSource | DistSource
-    """Its tensors."""
+    """The tensors by Hugging Face name."""
     trained: ModelInputs | None
     """What a training checkpoint's configuration says; None where the folder itself has config and tokenizer."""
 
     @property
     def pieces(self) -> list[HfPiece]:
-        """Every tensor of the model, in the order of the forward."""
+        """Return every tensor of the model, in the order of the forward."""
         return [piece for tensor in checkpoint_tensors(self.arch) for piece in tensor.pieces]
 
     def dtype(self) -> torch.dtype:
-        """Of all its tensors.
+        """Return the dtype of all its tensors.
 
         Raises:
             ValueError: when they differ, naming one.
@@ -65,7 +63,7 @@ class ModelFolder:
         return expected
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer.
+        """Return its tokenizer.
 
         Raises:
             ValueError: when the folder has none.
@@ -73,7 +71,7 @@ class ModelFolder:
         return self.trained.tokenizer if self.trained else load_tokenizer(str(self.folder), "magicoder")
 
     def describe(self, target: Path, dtype: torch.dtype) -> None:
-        """Put config, tokenizer and whatever else is no weight into ``target``."""
+        """Write config, tokenizer and everything else that is not a weight into ``target``."""
         if self.trained is not None:
             write_description(target, self.trained, dtype)
         else:
@@ -83,7 +81,7 @@ class ModelFolder:
 
 
 def open_model_folder(path: str) -> ModelFolder:
-    """Look at ``path``; of a training checkpoint every file is checked against its manifest.
+    """Open ``path`` without reading weights; every file of a training checkpoint is checked against its manifest.
 
     Raises:
         ValueError: naming the file that is missing, damaged or of another kind.
@@ -102,7 +100,7 @@ def open_model_folder(path: str) -> ModelFolder:
 
 
 def write_model_folder(model: ModelFolder, out: str, dtype: torch.dtype, write: Callable[[Path], None]) -> None:
-    """Make the folder ``out``: description of ``model``, and what ``write`` puts there; complete or not at all.
+    """Write the folder ``out``, complete or not at all: the description of ``model``, and what ``write`` puts there.
 
     Raises:
         ValueError: when ``out`` is there or has no space.

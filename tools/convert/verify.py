@@ -1,20 +1,30 @@
-"""``reflectron convert verify``: two checkpoints of any format, tensor by tensor and by their logits on a text."""
+"""Compares two checkpoints of either format, tensor by tensor and by their logits on a text.
+
+Hidden states come from the engine's own layers, so that what is compared is what is trained; they are loaded one after
+the other, so that a model of any size runs where one layer fits. T tokens, H hidden.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+import hashlib
+from dataclasses import dataclass, replace
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from reflectron.engine.model.architecture import Architecture
-    from reflectron.tools.convert.model_folder import ModelFolder
+from reflectron.engine.config import ParallelConfig
+from reflectron.engine.data.microbatch import segments_of, to_device
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.model.attention import PackedRows
+from reflectron.engine.model.backends.choose import PLAIN
+from reflectron.engine.model.gpt import PackedGPT, build_chunks, transformer_config
+from reflectron.engine.model.hf_mapping import EMBEDDING, OUTPUT_LAYER, hf_pieces
+from reflectron.engine.model.rope import attention_factor, inverse_frequencies
+from reflectron.engine.parallel.process_groups import stop_process_groups
+from reflectron.engine.weights.readers import TensorSource
+from reflectron.tools.convert.model_folder import ModelFolder
+from reflectron.tools.ranks import start_only_rank
 
-_TEXT = '''def is_prime(n: int) -> bool:
+SAMPLE_TEXT = '''def is_prime(n: int) -> bool:
     """Whether n has no divisor but 1 and itself."""
     if n < 2:
         return False
@@ -26,75 +36,43 @@ _TEXT = '''def is_prime(n: int) -> bool:
 
 assert [n for n in range(20) if is_prime(n)] == [2, 3, 5, 7, 11, 13, 17, 19]
 '''
-# Columns of the vocabulary whose logits are there at a time.
+# Columns of the vocabulary whose logits are held at a time.
 _COLUMNS = 4096
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What two checkpoints differ in."""
+class CheckpointComparison:
+    """Records the differences between two checkpoints of one architecture."""
 
     tensors: int
-    """Of each."""
+    """Number of tensors of each."""
     different_tensors: int
-    """Those whose shape or whose values, as float32, differ."""
+    """Number of tensors whose values differ as float32."""
     largest_tensor_difference: float
-    """Over all elements, absolute; infinite where shapes differ."""
+    """Largest absolute difference over all elements."""
     where: str
-    """The tensor with that difference; empty when none differs."""
+    """Name of the tensor with that difference; empty when none differs."""
     sha256: tuple[str, str]
-    """Of all tensors in the order of the forward: name, type, shape and bytes."""
+    """Digest of each over all its tensors in the order of the forward: name, type, shape and bytes."""
     tokens: int
-    """Of the text; 0 when shapes differ and no logits can be compared."""
+    """Number of tokens of the text."""
     largest_logit_difference: float
-    """Over all tokens and the whole vocabulary, absolute, computed in float32."""
+    """Largest absolute difference over all tokens and the whole vocabulary, computed in float32."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the subcommand."""
-    for name in ("first", "second"):
-        parser.add_argument(name, metavar=name.upper(), help="checkpoint folder of either format")
-    parser.add_argument("--text", metavar="FILE", help="text to compute logits on; a short program by default")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of the text that are used (default 512)")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="logit difference that passes (default 0)")
-    parser.add_argument("--json", metavar="OUT", help="write the numbers there as well")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Compare; 0 when the largest logit difference is within the tolerance, else 1."""
-    from reflectron.tools.convert.model_folder import open_model_folder
-
-    text = Path(args.text).read_text(encoding="utf-8") if args.text else _TEXT
-    folders = open_model_folder(args.first), open_model_folder(args.second)
-    comparison = compare(*folders, text, args.max_tokens)
-    for folder, digest in zip(folders, comparison.sha256, strict=True):
-        print(f"{folder.folder}: {comparison.tensors} tensors, SHA-256 {digest}")
-    worst = f", most in {comparison.where}" if comparison.where else ""
-    print(
-        f"{comparison.different_tensors} of {comparison.tensors} tensors differ, by at most "
-        f"{comparison.largest_tensor_difference:.3g}{worst}"
-    )
-    print(f"logits over {comparison.tokens} tokens differ by at most {comparison.largest_logit_difference:.3g}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(asdict(comparison)) + "\n", encoding="utf-8")
-    return 0 if comparison.largest_logit_difference <= args.tolerance else 1
-
-
-def compare(first: ModelFolder, second: ModelFolder, text: str, max_tokens: int) -> Comparison:
-    """Read both once for the tensors and once for the logits; no more than a layer of each is held.
+def compare(first: ModelFolder, second: ModelFolder, text: str, max_tokens: int) -> CheckpointComparison:
+    """Compare two checkpoints, each read once for the tensors and once for the logits; at most a layer of each is held.
 
     Raises:
         ValueError: when they are of different architectures, naming what differs.
     """
-    import torch
-
     _check_same_architecture(first, second)
     digests, differences = _compare_tensors(first, second)
     token_ids = torch.tensor(first.tokenizer().encode(text)[:max_tokens])
     if not len(token_ids):
         raise ValueError("--text has no tokens, expected some text")
     where = max(differences, key=lambda name: differences[name])
-    return Comparison(
+    return CheckpointComparison(
         tensors=len(differences),
         different_tensors=sum(difference > 0 for difference in differences.values()),
         largest_tensor_difference=differences[where],
@@ -115,19 +93,13 @@ def _check_same_architecture(first: ModelFolder, second: ModelFolder) -> None:
 
 
 def _is_same_rotation(one: Architecture, other: Architecture) -> bool:
-    """Whether both rotate alike, however their keys spell it."""
-    import torch
-
-    from reflectron.engine.model.rope import attention_factor, inverse_frequencies
-
+    """Tell whether both rotate alike, however their keys spell it."""
     frequencies = [inverse_frequencies(arch.rope, arch.head_dim) for arch in (one, other)]
     return torch.equal(*frequencies) and attention_factor(one.rope) == attention_factor(other.rope)
 
 
 def _compare_tensors(first: ModelFolder, second: ModelFolder) -> tuple[tuple[str, str], dict[str, float]]:
-    """SHA-256 of all tensors of each, and the largest difference in each tensor."""
-    import hashlib
-
+    """Return the SHA-256 of all tensors of each, and the largest difference in each tensor."""
     digests = hashlib.sha256(), hashlib.sha256()
     differences = {}
     for piece in first.pieces:
@@ -140,24 +112,14 @@ def _compare_tensors(first: ModelFolder, second: ModelFolder) -> tuple[tuple[str
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
-
     data: memoryview = tensor.contiguous().view(torch.uint8).numpy().data
     return data
 
 
 def _largest_logit_difference(first: ModelFolder, second: ModelFolder, token_ids: torch.Tensor) -> float:
-    import os
-
-    from reflectron.engine.config import ParallelConfig
-    from reflectron.engine.model.hf_mapping import EMBEDDING, OUTPUT_LAYER
-    from reflectron.engine.parallel.process_groups import start_process_groups, stop_process_groups
-
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    groups = start_process_groups(ParallelConfig(), seed=0)
+    groups = start_only_rank(ParallelConfig(), seed=0)
 
     # Imported after the start, which quiets megatron-core's warnings about missing CUDA extensions.
-    from reflectron.tools.convert.streamed_forward import last_hidden_states
 
     arch = first.arch
     name = EMBEDDING if arch.tied_embeddings else OUTPUT_LAYER
@@ -172,3 +134,45 @@ def _largest_logit_difference(first: ModelFolder, second: ModelFolder, token_ids
         largest = max(largest, (one - other).abs().max().item())
     stop_process_groups()
     return largest
+
+
+@torch.no_grad()
+def last_hidden_states(
+    arch: Architecture, weights: TensorSource, token_ids: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Return what the output layer would be given, in float32.
+
+    Args:
+        arch: of the model.
+        weights: its tensors.
+        token_ids: [T] int64, one sequence.
+        device: where the layer runs; process groups of one rank have been started there.
+
+    Returns:
+        [T, H] float32.
+    """
+    # One layer, and none of the vocabulary: the model is only the place where each layer runs.
+    one_layer = replace(arch, num_layers=1)
+    config = transformer_config(one_layer, ParallelConfig(), torch.float32, PLAIN)
+    (model,) = build_chunks(one_layer, config, 1, lambda hidden, *_: hidden, PLAIN)
+    positions = torch.arange(len(token_ids), device=device)
+    length = [len(token_ids)]
+    segments = to_device(segments_of(length, length, len(token_ids)), device)
+    rows = model.with_rotation(PackedRows(segments=segments, position_ids=positions))
+    embedding = weights.read(EMBEDDING, (arch.vocab_size, arch.hidden_size), None, 0, 0)
+    hidden = embedding[token_ids].float().to(device)[:, None]
+    for layer in range(arch.num_layers):
+        _load(model, one_layer, weights, layer)
+        hidden, _ = model.decoder.layers[0](hidden, attention_mask=None, packed_seq_params=rows)
+    return model.decoder.final_layernorm(hidden)[:, 0]
+
+
+def _load(model: PackedGPT, one_layer: Architecture, weights: TensorSource, layer: int) -> None:
+    """Load one layer of ``weights`` into the model's only layer, and their final norm into the model's."""
+    # The table names a layer's tensors by its number.
+    model.decoder.layers[0].layer_number = layer + 1
+    for parameter, pieces in hf_pieces([model], one_layer, 1):
+        for piece in pieces:
+            if piece.name.startswith(("model.layers.", "model.norm.")):
+                view = piece.view(parameter)
+                view.copy_(weights.read(piece.name, piece.shape, None, 0, 0).reshape(view.shape))

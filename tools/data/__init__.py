@@ -1,1 +1,0 @@
-"""Making, checking and cleaning training data: one module a command, helpers beside them."""

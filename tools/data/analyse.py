@@ -1,28 +1,31 @@
-"""``reflectron data analyse``: training data in; one HTML page with tables and plots out, complete in itself."""
+"""Compare training data with HumanEval and with categories, and draw what it is like on one HTML page.
+
+Nearness is the cosine of TF-IDF vectors over words, fitted on both. Categories are those of Magicoder (arXiv
+2312.02120, figure 5), which assigns them with an embedding model; here a document goes to the category whose keywords
+it is nearest to, which is a rough guide and costs nothing.
+"""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
-from reflectron.engine.data.sources import read_records
-from reflectron.tools.data.benchmarks import load_benchmark
-from reflectron.tools.data.corpus import from_extra, new_file, words
-from reflectron.tools.data.documents import Document, read_document
-
-if TYPE_CHECKING:
-    from reflectron.tools.data.analysis import Analysis
+from reflectron.engine.data.sources import Record, read_records
+from reflectron.tools.benchmarks.catalogue import Fragment, load_benchmark
+from reflectron.tools.data.corpus import fault_kind, new_file, texts, words
+from reflectron.tools.data.oss_instruct import language_name
+from reflectron.tools.llm.fences import find_fences
 
 _SHOWN_NEIGHBOURS = 20
 _EXCERPT = 240
@@ -34,50 +37,180 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: 
 pre { margin: 0; white-space: pre-wrap; font-size: 12px; }
 img { max-width: 100%; }
 """
+_MOST_WORDS = 200_000
+# Documents whose similarities with all tasks are held at a time.
+_BLOCK = 4096
+CATEGORIES = {
+    "Algorithms and data structures": "algorithm sort search graph tree heap queue stack linked list array string "
+    "dynamic programming recursion binary traverse node path shortest subsequence permutation complexity",
+    "Mathematics and computation": "prime factorial matrix vector equation integral derivative polynomial numeric "
+    "probability geometry angle radius fraction modulo gcd sum product sequence fibonacci statistics",
+    "Databases and SQL": "database sql query table select insert join schema column row index transaction mysql "
+    "postgres sqlite orm migration primary key foreign",
+    "System design and architecture": "system architecture service microservice module interface component pattern "
+    "factory singleton dependency injection plugin event message broker configuration deployment cluster",
+    "Security and cryptography": "security encrypt decrypt cipher hash password token authentication authorization "
+    "permission signature certificate key vulnerability sanitize oauth jwt",
+    "Performance": "performance optimize cache memory thread parallel concurrent lock async throughput latency "
+    "profile benchmark efficient pool scheduler",
+    "Web": "web http request response server client api rest route endpoint url html css javascript browser django "
+    "flask express react json cookie session",
+    "Domains": "game physics simulation finance bank account robot sensor biology gene medical weather map image audio "
+    "video chess player inventory vehicle",
+    "User interfaces and applications": "user interface button window form widget view layout screen click menu dialog "
+    "component render mobile android ios swiftui activity app",
+    "Data science and machine learning": "data dataset dataframe pandas numpy model train predict classifier "
+    "regression neural network tensor layer feature label cluster plot sklearn torch tensorflow",
+}
+_LANGUAGE_COLUMNS = ("lang", "language", "programming_language")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the subcommand."""
-    parser.add_argument("data", nargs="+", metavar="DATA", help="JSONL or Parquet file, or id of a hub dataset")
-    parser.add_argument("--humaneval", required=True, metavar="SOURCE", help="HumanEval as a file or hub dataset")
-    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page")
-    parser.add_argument("--tokenizer", metavar="DIR", help="lengths in its tokens; in words without one")
-    parser.add_argument("--split", default="train", help="split of hub datasets that are read (default: train)")
-    parser.add_argument("--limit", type=int, metavar="N", help="first N records of each file only")
+@dataclass(frozen=True)
+class Document:
+    """One record."""
+
+    file: str
+    line: int
+    language: str
+    """Named by a column, else by the commonest tag of the code fences, else ``unknown``."""
+    instruction: str
+    """The user's text; empty where the record is no conversation."""
+    answer: str
+    """The assistant's text, or all there is."""
+
+    @property
+    def text(self) -> str:
+        """Both parts."""
+        return f"{self.instruction}\n{self.answer}"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Analyse; returns the exit code."""
-    with from_extra("data"):
-        from reflectron.tools.data.analysis import analyse
+@dataclass(frozen=True)
+class Neighbour:
+    """A HumanEval task and the document nearest to it."""
 
-    tasks = load_benchmark(args.humaneval)
+    task_id: str
+    cosine: float
+    document: int
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """Describes a set of D documents."""
+
+    nearest: tuple[Neighbour, ...]
+    """One for every task, the nearest first."""
+    cosines: np.ndarray
+    """float64 [D]: similarity of each document with the task nearest to it."""
+    categories: Counter[str]
+    """Documents by category."""
+    languages: Counter[str]
+    """Documents by language."""
+
+
+def human_eval_tasks(source: str) -> list[Fragment]:
+    """Read HumanEval.
+
+    Raises:
+        ValueError: when it cannot be read, or is another benchmark.
+    """
+    tasks = load_benchmark(source)
     if any(task.benchmark != "HumanEval" for task in tasks):
-        raise ValueError(f"--humaneval {args.humaneval} is {tasks[0].benchmark}, expected HumanEval")
-    documents, unreadable = _read(args)
-    unit, length = _length_function(args.tokenizer)
+        raise ValueError(f"--humaneval {source} is {tasks[0].benchmark}, expected HumanEval")
+    return tasks
+
+
+def write_page(
+    files: Sequence[DataFile], limit: int | None, tasks: Sequence[Fragment], tokenizer_path: str | None, out: Path
+) -> None:
+    """Write a page about the files that is complete in itself.
+
+    Args:
+        limit: first records of each file that are read; None for all.
+        tokenizer_path: of the tokenizer that lengths are measured with; in words without one.
+
+    Raises:
+        ValueError: when a file cannot be read, or has no readable record.
+    """
+    documents, unreadable = _read(files, limit)
+    unit, length = _length_function(tokenizer_path)
     lengths = {
         "instruction": [length(document.instruction) for document in documents if document.instruction],
         "answer": [length(document.answer) for document in documents],
     }
     page = _page(documents, unreadable, analyse(documents, tasks), lengths, unit)
-    with new_file(args.out) as stream:
+    with new_file(out) as stream:
         stream.write(page.encode("utf-8", "replace"))
-    print(f"{len(documents)} documents, {sum(unreadable.values())} unreadable -> {args.out}")
-    return 0
+    print(f"{len(documents)} documents, {unreadable.total()} unreadable -> {out}")
 
 
-def _read(args: argparse.Namespace) -> tuple[list[Document], Counter[str]]:
+def analyse(documents: Sequence[Document], tasks: Sequence[Fragment]) -> Analysis:
+    """Compare every document with every task and category.
+
+    Args:
+        tasks: fragments of HumanEval; those of one task are taken together.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts_of: dict[str, str] = {}
+    for fragment in tasks:
+        texts_of[fragment.task_id] = f"{texts_of.get(fragment.task_id, '')}\n{fragment.text}"
+    vectorizer = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True, max_features=_MOST_WORDS, dtype=np.float32)
+    vectorizer.fit([*(document.text for document in documents), *texts_of.values()])
+    task_vectors = vectorizer.transform(texts_of.values())
+    category_vectors = vectorizer.transform(CATEGORIES.values())
+    names = [*CATEGORIES, "none"]
+    best = np.full(len(texts_of), -1.0)
+    best_document = np.zeros(len(texts_of), dtype=np.int64)
+    cosines, categories = [], Counter[str]()
+    for first in range(0, len(documents), _BLOCK):
+        vectors = vectorizer.transform(document.text for document in documents[first : first + _BLOCK])
+        with_tasks = (vectors @ task_vectors.T).toarray()
+        cosines.append(with_tasks.max(axis=1))
+        row = with_tasks.argmax(axis=0)
+        most = with_tasks[row, np.arange(len(best))]
+        best_document = np.where(most > best, first + row, best_document)
+        best = np.maximum(best, most)
+        with_categories = (vectors @ category_vectors.T).toarray()
+        chosen = np.where(with_categories.max(axis=1) > 0, with_categories.argmax(axis=1), len(CATEGORIES))
+        categories.update(names[number] for number in chosen.tolist())
+    pairs = zip(texts_of, best.tolist(), best_document.tolist(), strict=True)
+    nearest = sorted((Neighbour(*pair) for pair in pairs), key=lambda neighbour: -neighbour.cosine)
+    languages = Counter(document.language for document in documents)
+    return Analysis(tuple(nearest), np.concatenate(cosines).astype(np.float64), categories, languages)
+
+
+def read_document(record: Record, file: str) -> Document:
+    """Read the document of a record of any schema.
+
+    Raises:
+        BadRecord: when it holds no text.
+    """
+    row = record.decoded()
+    try:
+        messages = record.conversation().messages
+        parts = [
+            "\n".join(block.content for message in messages if message.role == role for block in message.blocks)
+            for role in ("user", "assistant")
+        ]
+    except BadRecord:
+        parts = ["", "\n".join(text.value for text in texts(record, ()))]
+    named = [row[name] for name in _LANGUAGE_COLUMNS if isinstance(row, dict) and isinstance(row.get(name), str)]
+    tags = Counter(fence.language for fence in find_fences("\n".join(parts)) if fence.language)
+    language = named[0] if named else tags.most_common(1)[0][0] if tags else "unknown"
+    return Document(file, record.line, language_name(language), *parts)
+
+
+def _read(files: Sequence[DataFile], limit: int | None) -> tuple[list[Document], Counter[str]]:
     documents: list[Document] = []
     unreadable: Counter[str] = Counter()
-    for path in args.data:
-        for record in islice(read_records(DataFile(path=path, split=args.split)), args.limit):
+    for file in files:
+        for record in islice(read_records(file), limit):
             try:
-                documents.append(read_document(record, path))
+                documents.append(read_document(record, file.path))
             except BadRecord as error:
-                unreadable[str(error).split(":")[0]] += 1
-        if not documents or documents[-1].file != path:
-            raise ValueError(f"{path}: no record with a text, expected at least one")
+                unreadable[fault_kind(str(error))] += 1
+        if not documents or documents[-1].file != file.path:
+            raise ValueError(f"{file.path}: no record with a text, expected at least one")
     return documents, unreadable
 
 
@@ -192,7 +325,7 @@ def _histogram(values: dict[str, list[Any]], label: str) -> str:
 
 
 def _picture(draw: Callable[[Any], None], height: float) -> str:
-    """An axis that ``draw`` fills, as a PNG inside the page."""
+    """Draw an axis by ``draw`` and return it as a PNG inside the page."""
     import matplotlib
 
     matplotlib.use("Agg")

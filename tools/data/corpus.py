@@ -1,4 +1,4 @@
-"""Records of any schema come in, their texts go out with the place each came from; files are written whole or not.
+"""Read the texts of records of any schema, and write what becomes of the records.
 
 A text is a string anywhere in a record: a column, or a leaf of a nested one such as ``messages[1].content[0].content``.
 So raw code, conversations and problem-solution pairs are read alike, and a match can name its exact position.
@@ -17,6 +17,7 @@ from typing import IO
 
 from reflectron.engine.config import DataFile
 from reflectron.engine.data.conversation import BadRecord
+from reflectron.engine.data.conversation import checked_text as storable_text
 from reflectron.engine.data.sources import Record
 from reflectron.engine.files import whole_file
 
@@ -27,16 +28,16 @@ _DATA_SUFFIX = re.compile(r"(?<=.)(\.\w+)?\.(gz|zst|bz2|xz)$|(?<=.)\.\w+$")
 
 
 @dataclass(frozen=True)
-class Text:
+class RecordText:
     """One string of a record."""
 
     field: str
-    """Where it stands: ``solution``, ``messages[1].content[0].content``."""
+    """Its place: ``solution``, ``messages[1].content[0].content``."""
     value: str
 
 
-def texts(record: Record, columns: Sequence[str]) -> list[Text]:
-    """The strings of a record that hold a word, in their order.
+def texts(record: Record, columns: Sequence[str]) -> list[RecordText]:
+    """Return the strings of a record that hold a word, in their order.
 
     Args:
         columns: only these; all when empty.
@@ -52,25 +53,18 @@ def texts(record: Record, columns: Sequence[str]) -> list[Text]:
     if not found:
         raise BadRecord(f"no text: found columns {', '.join(map(str, row)) or 'none'}")
     for text in found:
-        require_unicode(text.value, text.field)
+        storable_text(text.value, text.field)
     return found
 
 
-def require_unicode(text: str, where: str) -> None:
-    """Refuse what JSON can spell but no file can hold.
-
-    Raises:
-        BadRecord: when ``text`` holds half of a surrogate pair.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRecord(f"not Unicode: {where} holds a lone surrogate") from None
+def fault_kind(reason: str) -> str:
+    """Return the kind of fault under which a ``BadRecord`` is counted: its reason up to the colon."""
+    return reason.partition(":")[0]
 
 
-def _leaves(value: object, path: str) -> Iterator[Text]:
+def _leaves(value: object, path: str) -> Iterator[RecordText]:
     if isinstance(value, str):
-        yield Text(path, value)
+        yield RecordText(path, value)
     elif isinstance(value, dict):
         for name, item in value.items():
             if name not in _STRUCTURE:
@@ -81,7 +75,7 @@ def _leaves(value: object, path: str) -> Iterator[Text]:
 
 
 def lowered(text: str) -> str:
-    """Lower case, character by character, so that every offset stays what it was."""
+    """Lower a text, character by character, so that every offset stays what it was."""
     lower = text.lower()
     if len(lower) == len(text):
         return lower
@@ -89,27 +83,27 @@ def lowered(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Letters, digits and underscores between anything else, in lower case."""
+    """Return runs of letters, digits and underscores, in lower case."""
     return _WORD.findall(lowered(text))
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Start and end of each of ``words`` in ``text``."""
+    """Return start and end of each of ``words`` in ``text``."""
     return [match.span() for match in _WORD.finditer(lowered(text))]
 
 
 def word_hash(word: str) -> int:
-    """64 bits, the same in every process."""
+    """Return a hash of 64 bits that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 def squeezed(text: str) -> str:
-    """Lower case with every run of whitespace as one space, and none at the ends."""
+    """Lower a text, with every run of whitespace as one space, and none at the ends."""
     return " ".join(lowered(text).split())
 
 
 def as_line(record: Record) -> bytes:
-    """The record as a line of JSON: the very bytes that were read, but for line breaks between them."""
+    """Return the record as a line of JSON: the very bytes that were read, but for line breaks between them."""
     if isinstance(record.value, bytes):
         return b" ".join(record.value.splitlines()) + b"\n"
     row = {"unreadable": str(record.value)} if isinstance(record.value, BadRecord) else record.value
@@ -117,7 +111,7 @@ def as_line(record: Record) -> bytes:
 
 
 def data_files(paths: Sequence[str], split: str) -> dict[str, DataFile]:
-    """The files to read, by the name under which what becomes of them is written.
+    """Name the files to read by what their outputs will be called.
 
     Raises:
         ValueError: when two would share a name.
@@ -133,23 +127,10 @@ def data_files(paths: Sequence[str], split: str) -> dict[str, DataFile]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file in a folder that is made; it appears when it is complete, and not at all after an error."""
+    """Open a file in a folder that is made; it appears when it is complete, and not at all after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as stream:
         yield stream
-
-
-@contextlib.contextmanager
-def from_extra(extra: str) -> Iterator[None]:
-    """Around imports of packages that only an extra installs.
-
-    Raises:
-        ValueError: when one is missing, with the command that installs it.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the package {error.name} is missing: pip install 'reflectron[{extra}]'") from error
 
 
 def write_row(stream: IO[bytes], row: object) -> None:

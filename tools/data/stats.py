@@ -1,4 +1,4 @@
-"""``reflectron data stats``: a training set in; what training on it will cost, in tokens, out.
+"""Count what training on a dataset will cost, in tokens.
 
 The samples, masks and packs are those of a run with the same configuration: the numbers come from the code that trains.
 No model is needed, so packs are balanced by tokens alone; a run also balances their FLOPs within the same length.
@@ -6,53 +6,34 @@ No model is needed, so packs are balanced by tokens alone; a run also balances t
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
 
 from reflectron.engine.config import Config
+from reflectron.engine.data.batch_source import StoreSource
+from reflectron.engine.data.global_batch import GlobalBatch, GlobalBatches
+from reflectron.engine.data.masking import visible_tokens
+from reflectron.engine.data.packing import CostModel
+from reflectron.engine.data.sampler import SampleOrder, SampleRef, mask_draws
+from reflectron.engine.data.store import TokenStore, build_store
+from reflectron.engine.data.tokenizer import load_tokenizer
+from reflectron.engine.data.views import make_views
+from reflectron.engine.files import write_text
+from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.training.run import check_budget, run_length, sample_order, store_folder
 from reflectron.tools.load_config import load_config
-from reflectron.tools.plan import add_cluster_arguments, cluster_of, planned_architecture
-
-if TYPE_CHECKING:
-    from reflectron.engine.data.sampler import SampleOrder
-    from reflectron.engine.data.store import TokenStore
-    from reflectron.tools.planner.search import Prediction
+from reflectron.tools.planner.hardware import Cluster
+from reflectron.tools.planner.predict import LayoutPrediction, Planner
+from reflectron.tools.planner.report import show_layouts
+from reflectron.tools.planner.samples import samples_of
 
 # Where the strategy ``block`` hides one, two and three types of blocks, and the end.
 _RATES = (0.0, 0.33, 0.67, 1.0)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the subcommand."""
-    parser.add_argument(
-        "words", nargs="*", metavar="[CONFIG] key=value", help="YAML file of a run, and settings that win over it"
-    )
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="training files, instead of CONFIG")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer, with --data")
-    parser.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="evenly spaced steps to look at, 0 for all (default: 20)"
-    )
-    parser.add_argument(
-        "--reference-batch-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="samples that the reference pads to one length (default: 1, as published)",
-    )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write everything there as well")
-    parser.add_argument(
-        "--plan", metavar="FILE", help="config.json of a model: also predict its GPU hours on this data, as `plan` does"
-    )
-    add_cluster_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -93,77 +74,93 @@ class StepStats:
     fill: float
 
 
-def run(args: argparse.Namespace) -> int:
-    """Count; returns the exit code."""
-    from reflectron.engine.data.store import build_store
-    from reflectron.engine.data.tokenizer import load_tokenizer
-    from reflectron.engine.training.run import check_budget, sample_order, store_folder
+@dataclass(frozen=True)
+class DatasetStats:
+    """A training set, file by file, and steps of a run on it."""
 
-    for name, least in (("steps", 0), ("reference_batch_size", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
-    with tempfile.TemporaryDirectory() as scratch:
-        config = _config(args, Path(scratch))
-        tokenizer_path = config.tokenizer.path or config.model.path
-        if tokenizer_path is None:
-            raise ValueError("tokenizer.path is null, expected a folder (or model.path)")
-        if not config.data.train:
-            raise ValueError("data.train is empty, expected at least one file")
-        tokenizer = load_tokenizer(tokenizer_path, config.data.template)
-        store = build_store(
-            config.data, config.data.train, tokenizer, store_folder(config, "train"), sys.stderr.isatty()
-        )
-        check_budget(store, config.data.train, config)
-        if not len(store):
-            raise ValueError("data.train has no sample left, expected at least one")
-        reflection = np.array([store[i].kind != "generation" for i in range(len(store))])
-        files = _file_stats(store, reflection, config)
-        order = sample_order(store, config.data.train, config.seed)
-        total_steps, steps = _step_stats(store, reflection, order, config, args)
-        best = _best_layout(store, config, args) if args.plan else None
-    _print_files(files)
-    _print_steps(steps, total_steps, args.reference_batch_size)
-    if best is not None:
-        from reflectron.tools.planner.tables import show_layouts
-
-        show_layouts([best], None)
-        print(f"Predicted, not measured: {best.gpu_hours:.1f} GPU hours in the fastest layout that fits.")
-    if args.json:
-        content = {
-            "files": [asdict(file) for file in files],
-            "total_steps": total_steps,
-            "reference_batch_size": args.reference_batch_size,
-            "steps": [asdict(step) for step in steps],
-            "planned_gpu_hours": best.gpu_hours if best is not None else None,
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return 0
+    files: list[FileStats]
+    total_steps: int
+    """Steps of the run."""
+    reference_batch_size: int
+    """Samples that the reference pads to one length."""
+    steps: list[StepStats]
+    """Those that were looked at."""
 
 
-def _config(args: argparse.Namespace, scratch: Path) -> Config:
-    """The configuration of CONFIG; or of a run on ``--data``, whose token store is not kept."""
-    first, *overrides = args.words if args.words and "=" not in args.words[0] else [None, *args.words]
-    if (first is None) != bool(args.data) or bool(args.tokenizer) != bool(args.data):
+def stats_config(words: Sequence[str], data: Sequence[str] | None, tokenizer: str | None, scratch: Path) -> Config:
+    """Return the configuration of a run, or one for data files alone, whose token store lies in ``scratch``.
+
+    Args:
+        words: the path of a configuration and overrides; overrides alone with ``data``.
+        data: training files, with ``tokenizer``.
+
+    Raises:
+        ValueError: for a configuration beside data files, or neither.
+    """
+    has_config = bool(words) and "=" not in words[0]
+    if has_config == bool(data) or bool(tokenizer) != bool(data):
         raise ValueError("expected either CONFIG or --data with --tokenizer")
-    if first is not None:
-        return load_config(first, overrides)
+    if has_config:
+        return load_config(words[0], list(words[1:]))
     tree = {
         "output_dir": str(scratch),
-        "data": {"train": [{"path": path} for path in args.data]},
-        "tokenizer": {"path": args.tokenizer},
+        "data": {"train": [{"path": path} for path in data or ()]},
+        "tokenizer": {"path": tokenizer},
     }
     path = scratch / "data.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return load_config(str(path), overrides)
+    write_text(path, yaml.safe_dump(tree))
+    return load_config(str(path), list(words))
 
 
-def _best_layout(store: TokenStore, config: Config, args: argparse.Namespace) -> Prediction:
-    """The fastest layout of the model ``--plan`` on this data."""
-    from reflectron.tools.planner.samples import samples_of
-    from reflectron.tools.planner.search import Planner
+def training_store(config: Config, *, show_progress: bool) -> TokenStore:
+    """Build or reuse the token store of ``data.train``.
 
-    samples, arch = samples_of(store, config), planned_architecture(args.plan, config)
-    return Planner(arch, config, samples, cluster_of(args)).search()[0]
+    Raises:
+        ValueError: naming the key at fault, or when no sample is left.
+    """
+    tokenizer_path = config.tokenizer.path or config.model.path
+    if tokenizer_path is None:
+        raise ValueError("tokenizer.path is null, expected a folder (or model.path)")
+    if not config.data.train:
+        raise ValueError("data.train is empty, expected at least one file")
+    tokenizer = load_tokenizer(tokenizer_path, config.data.template)
+    store = build_store(config.data, config.data.train, tokenizer, store_folder(config, "train"), show_progress)
+    check_budget(store, config.data.train, config)
+    if not len(store):
+        raise ValueError("data.train has no sample left, expected at least one")
+    return store
+
+
+def count(store: TokenStore, config: Config, steps: int, reference_batch_size: int) -> DatasetStats:
+    """Count the tokens of every file, and of evenly spaced steps.
+
+    Args:
+        steps: to look at, 0 for all.
+    """
+    reflection = np.array([store[i].kind != "generation" for i in range(len(store))])
+    order = sample_order(store, config.data.train, config.seed)
+    total_steps, looked_at = _step_stats(store, reflection, order, config, steps, reference_batch_size)
+    return DatasetStats(_file_stats(store, reflection, config), total_steps, reference_batch_size, looked_at)
+
+
+def best_layout(store: TokenStore, config: Config, arch: Architecture, cluster: Cluster) -> LayoutPrediction:
+    """Predict the fastest layout of a model on this data."""
+    return Planner(arch, config, samples_of(store, config), cluster).search()[0]
+
+
+def show(stats: DatasetStats, best: LayoutPrediction | None) -> None:
+    """Print the tables, and the predicted layout where there is one."""
+    _print_files(stats.files)
+    _print_steps(stats)
+    if best is not None:
+        show_layouts([best], None)
+        print(f"Predicted, not measured: {best.gpu_hours:.1f} GPU hours in the fastest layout that fits.")
+
+
+def write_json(path: Path, stats: DatasetStats, best: LayoutPrediction | None) -> None:
+    """Write everything as one JSON object."""
+    content = {**asdict(stats), "planned_gpu_hours": best.gpu_hours if best is not None else None}
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _file_stats(store: TokenStore, reflection: np.ndarray, config: Config) -> list[FileStats]:
@@ -191,10 +188,6 @@ def _file_stats(store: TokenStore, reflection: np.ndarray, config: Config) -> li
 
 
 def _student_share(store: TokenStore, samples: np.ndarray, config: Config) -> dict[str, float] | None:
-    from reflectron.engine.data.masking import visible_tokens
-    from reflectron.engine.data.sampler import SampleRef, mask_draws
-    from reflectron.engine.data.views import make_views
-
     teacher = int(store.lengths[samples].sum())
     student = dict.fromkeys(_RATES, 0)
     for index in samples.tolist():
@@ -207,14 +200,14 @@ def _student_share(store: TokenStore, samples: np.ndarray, config: Config) -> di
 
 
 def _step_stats(
-    store: TokenStore, reflection: np.ndarray, order: SampleOrder, config: Config, args: argparse.Namespace
+    store: TokenStore,
+    reflection: np.ndarray,
+    order: SampleOrder,
+    config: Config,
+    look_at: int,
+    reference_batch_size: int,
 ) -> tuple[int, list[StepStats]]:
-    """Steps of the run, and the stats of those that are looked at."""
-    from reflectron.engine.data.batch_source import StoreSource
-    from reflectron.engine.data.global_batch import GlobalBatches
-    from reflectron.engine.data.packing import CostModel
-    from reflectron.engine.training.run import run_length
-
+    """Return the number of steps of the run, and the stats of those that are looked at."""
     total_steps, epochs = run_length(config, order)
     replicas = config.parallel.data_parallel_size or 1
     source = StoreSource(store, order, config, total_steps=total_steps, epochs=epochs)
@@ -225,32 +218,35 @@ def _step_stats(
         data_parallel_rank=0,
         data_parallel_size=replicas,
     )
-    count = total_steps if args.steps == 0 else min(args.steps, total_steps)
+    count = total_steps if look_at == 0 else min(look_at, total_steps)
     stats = []
     # Each step stands for an equal part of the run and lies in its middle.
     for step in ((np.arange(count) + 0.5) * total_steps / count).astype(int).tolist():
         batch = batches.batch(step)
         samples = np.array([ref.sample for ref in source.refs(step)])
-        microbatches = len(batch.microbatches) * replicas
-        stats.append(
-            StepStats(
-                step=step,
-                mask_rate=batch.mask_rate,
-                teacher=batch.tokens.teacher,
-                student=batch.tokens.student,
-                generation=batch.tokens.generation,
-                padded=microbatches * batch.sequence_length,
-                reference=reference_tokens(store.lengths[samples], reflection[samples], args.reference_batch_size),
-                microbatches=microbatches,
-                sequence_length=batch.sequence_length,
-                fill=batch.fill,
-            )
-        )
+        reference = reference_tokens(store.lengths[samples], reflection[samples], reference_batch_size)
+        stats.append(_step(step, batch, replicas, reference))
     return total_steps, stats
 
 
+def _step(step: int, batch: GlobalBatch, replicas: int, reference: int) -> StepStats:
+    microbatches = len(batch.microbatches) * replicas
+    return StepStats(
+        step=step,
+        mask_rate=batch.mask_rate,
+        teacher=batch.tokens.teacher,
+        student=batch.tokens.student,
+        generation=batch.tokens.generation,
+        padded=microbatches * batch.sequence_length,
+        reference=reference,
+        microbatches=microbatches,
+        sequence_length=batch.sequence_length,
+        fill=batch.fill,
+    )
+
+
 def reference_tokens(lengths: np.ndarray, reflection: np.ndarray, batch_size: int) -> int:
-    """Tokens of a step in the reference implementation.
+    """Return the tokens of a step in the reference implementation.
 
     It takes ``batch_size`` samples of similar length at a time, pads them to the longest, and runs reflection samples
     twice, once for the teacher and once for the student, who pays for the tokens that are hidden as well.
@@ -279,23 +275,13 @@ def _print_files(files: Sequence[FileStats]) -> None:
         ]
         for file in files
     ]
-    header = [
-        "samples",
-        "too long",
-        "rejected",
-        "reflection",
-        "mean",
-        "p50",
-        "p95",
-        "longest",
-        *map(str, _RATES),
-        "file",
-    ]
+    header = ["samples", "too long", "rejected", "reflection", "mean", "p50", "p95", "longest"]
     print("tokens of a sample, and the student's share of them at four mask rates")
-    _print_table(header, rows)
+    _print_table([*header, *map(str, _RATES), "file"], rows)
 
 
-def _print_steps(steps: Sequence[StepStats], total_steps: int, reference_batch_size: int) -> None:
+def _print_steps(stats: DatasetStats) -> None:
+    steps = stats.steps
     shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 8)).astype(int))]
     tokens = ("teacher", "student", "generation", "reference")
     rows = [
@@ -312,17 +298,17 @@ def _print_steps(steps: Sequence[StepStats], total_steps: int, reference_batch_s
     _print_table(["step", "mask rate", *tokens, "packs", "fill"], rows)
     total = {name: sum(getattr(step, name) for step in steps) for name in (*tokens, "padded")}
     real = total["teacher"] + total["student"] + total["generation"]
-    print(f"\n{len(steps)} of {total_steps} steps: fill {real / total['padded']:.1%}")
+    print(f"\n{len(steps)} of {stats.total_steps} steps: fill {real / total['padded']:.1%}")
     if total["teacher"]:
         print(f"students' views cost {1 - total['student'] / total['teacher']:.1%} fewer tokens than whole sequences")
     print(
         f"padding included, {1 - total['padded'] / total['reference']:.1%} fewer tokens than the reference computes "
-        f"with {reference_batch_size} to a batch"
+        f"with {stats.reference_batch_size} to a batch"
     )
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their cells, numbers on the right."""
+    """Print columns as wide as their cells, numbers on the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -1,51 +1,76 @@
-"""``reflectron eval score``: completions in, pass@k out; of HumanEval+ and MBPP+ as evalplus 0.3.1 counts it.
+"""Scores completions: each is judged as its benchmark asks for, and pass@k is counted as evalplus 0.3.1 counts it.
 
 Nothing is downloaded. Verdicts are kept as they are made, by all that determines them, and so are expected answers.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, TypedDict
 
-from typing_extensions import assert_never
-
-from reflectron.engine.files import is_stream, write_text
-from reflectron.tools.eval.functions import check_tests, judge_function
-from reflectron.tools.eval.judging import affordable_workers, in_threads, judge_samples, says_how_to_resume, tracked
-from reflectron.tools.eval.problems import (
-    Dataset,
-    Problem,
-    ProblemFile,
-    add_problem_arguments,
-    find_problems,
-    load_problems,
+from reflectron.engine.files import is_stream, printable, require
+from reflectron.tools.benchmarks.benchmark import (
+    LONGER_SECONDS,
+    SUITES,
+    Benchmark,
+    BenchmarkProblem,
+    JudgeLimits,
+    JudgeSettings,
+    ProgramSample,
+    SuiteVerdict,
+    Verdicts,
 )
-from reflectron.tools.eval.programs import judge_program, shares_by_group, with_toolchain
-from reflectron.tools.eval.samples import Sample, read_samples
-from reflectron.tools.eval.verdict import LONGER_SECONDS, SUITES, Verdict, Verdicts
-from reflectron.tools.eval.verdict_file import VerdictFile, verdict_keys
-from reflectron.tools.sandbox.process import SandboxKind, add_sandbox_arguments, choose_sandbox
-
-if TYPE_CHECKING:
-    from reflectron.tools.eval.expectations import Task
-    from reflectron.tools.eval.judge import Judge, JudgeLimits
+from reflectron.tools.benchmarks.catalogue import ProblemFile, read_json_lines, suite_name
+from reflectron.tools.benchmarks.expectations import expectations_folder
+from reflectron.tools.benchmarks.judging import (
+    VerdictFile,
+    affordable_workers,
+    judge_samples,
+    says_how_to_resume,
+    verdict_keys,
+)
+from reflectron.tools.sandbox.process import choose_sandbox
+from reflectron.tools.sandbox.wall import SandboxKind
 
 _PASS_AT = (1, 10, 100)
 _SHOWN_FAILURES = 10
-# A test of one's own calls its function about that often.
-_CALLS_FACTOR = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """The way samples are judged; the names of the fields are those of the command line's options."""
+
+    workers: int = 0
+    min_time_limit: float = 1.0
+    javatuples: str | None = None
+    sandbox: SandboxKind = "bubblewrap"
+    i_understand: bool = False
+
+    def settings(self) -> JudgeSettings:
+        """Return what a benchmark's judge needs.
+
+        Raises:
+            ValueError: when evalplus or the sandbox is missing, or an option cannot be.
+        """
+        kind = choose_sandbox(self.sandbox, self.i_understand)
+        require("evalplus", extra="eval")
+        if self.min_time_limit < 1:
+            raise ValueError(f"--min-time-limit is {self.min_time_limit}, expected at least 1 second")
+        limits = JudgeLimits(input_seconds=self.min_time_limit)
+        java_classes = Path(self.javatuples) if self.javatuples else None
+        if java_classes is not None and not java_classes.is_file():
+            raise ValueError(f"{java_classes} is not a file (--javatuples)")
+        workers = affordable_workers(self.workers, limits.memory_bytes)
+        return JudgeSettings(limits=limits, kind=kind, workers=workers, java_classes=java_classes)
 
 
 class Score(TypedDict):
-    """What ``--json`` writes; shares are 0 to 1."""
+    """The content of ``--json``; shares are 0 to 1."""
 
     dataset: str
     n_tasks: int
@@ -64,154 +89,119 @@ class Score(TypedDict):
     """Samples whose verdict hangs on the limit of CPU time: status by suite, and as it is with ten seconds an input."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the subcommand."""
-    parser.add_argument("completions", metavar="FILE", help="JSONL: task_id and solution, or completion of the prompt")
-    add_problem_arguments(parser)
-    parser.add_argument("--partial", action="store_true", help="score the tasks that the file has, and no others")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
-    add_scoring_arguments(parser)
-
-
-def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``eval score`` and ``eval run`` have in common."""
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="samples at once; 0: cores and memory say")
-    parser.add_argument(
-        "--min-time-limit", type=float, default=1.0, metavar="S", help="CPU seconds an input has at least (1)"
-    )
-    parser.add_argument("--javatuples", metavar="JAR", help="javatuples-1.2.jar, for MultiPL-E's Java problems")
-    add_sandbox_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Score and print; returns 0 whatever the score is."""
-    kind, limits = choose_sandbox(args.sandbox, args.i_understand), scoring_limits(args)
-    file = find_problems(args.dataset, args.data)
-    problems = load_problems(file.dataset, file.path)
-    samples = read_samples(Path(args.completions), problems, partial=args.partial)
-    result = score_samples(args, file, problems, samples, limits, kind, _verdicts_of(args))
-    print(describe(result))
-    if args.json:
-        write_text(Path(args.json), json.dumps(result, indent=2) + "\n")
-    return 0
-
-
-def _verdicts_of(args: argparse.Namespace) -> Path:
-    """Where verdicts are kept: beside the result, else beside the completions where that folder can be written."""
-    result = args.json if args.json and not is_stream(Path(args.json)) else None
-    beside = Path(result or args.completions.removesuffix(".gz")).with_suffix(".verdicts.jsonl")
-    if result or os.access(beside.parent, os.W_OK):
-        return beside
-    name = hashlib.sha256(os.fsencode(Path(args.completions).resolve())).hexdigest()
-    return expectations_folder() / f"{name}.verdicts.jsonl"
-
-
-def scoring_limits(args: argparse.Namespace) -> JudgeLimits:
-    """Limits of one sample from the command line.
-
-    Raises:
-        ValueError: when the time limit is below evalplus's own second.
-    """
-    try:
-        from reflectron.tools.eval.judge import JudgeLimits
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install 'reflectron[eval]'") from None
-    if args.min_time_limit < 1:
-        raise ValueError(f"--min-time-limit is {args.min_time_limit}, expected at least 1 second")
-    return JudgeLimits(input_seconds=args.min_time_limit)
-
-
 def score_samples(
-    args: argparse.Namespace,
     file: ProblemFile,
-    problems: Sequence[Problem],
-    samples: Sequence[Sample],
-    limits: JudgeLimits,
-    kind: SandboxKind,
+    problems: Sequence[BenchmarkProblem],
+    samples: Sequence[ProgramSample],
+    settings: JudgeSettings,
     verdicts: Path,
 ) -> Score:
-    """Judge every sample as its dataset asks for; ``args`` are those of ``add_scoring_arguments``.
+    """Judge every sample as its benchmark asks for, and print the shares of its groups.
 
     Args:
         verdicts: the file that keeps them; those that are there already are not made again.
 
     Raises:
-        ValueError: when no toolchain for the samples is installed, or a problem's own test cannot work.
+        ValueError: when no sample can be judged here, or a problem's own test cannot work.
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
-    workers = affordable_workers(args.workers, limits.memory_bytes)
-    java_classes = Path(args.javatuples) if args.javatuples else None
-    if java_classes is not None and not java_classes.is_file():
-        raise ValueError(f"{java_classes} is not a file (--javatuples)")
-    if file.dataset == "multipl-e":
-        samples = with_toolchain(problems, samples)
-    suites = len(SUITES) if file.dataset in ("humaneval", "mbpp") else 1
-    with VerdictFile(verdicts, suites) as kept:
-        keys = verdict_keys(file.dataset, problems, samples, limits, kind, args.javatuples)
+    benchmark = file.benchmark
+    samples = _without_unavailable(benchmark, problems, samples)
+    by_id = {problem.task_id: problem for problem in problems}
+    with VerdictFile(verdicts, len(benchmark.suites)) as kept:
+        determining = (settings.limits, settings.kind, settings.java_classes)
+        keys = verdict_keys(benchmark.name, problems, samples, *determining)
         unjudged = {sample.task_id for sample, key in zip(samples, keys, strict=True) if key not in kept.verdicts}
         wanted = [problem for problem in problems if problem.task_id in unjudged]
-        with (
-            says_how_to_resume(keys, kept),
-            _judge_of(file.dataset, wanted, limits, kind, java_classes, workers) as judge,
-        ):
-            found = judge_samples(samples, keys, judge, kept, workers=workers, kind=kind)
-    for group, share in shares_by_group(file.dataset, problems, samples, found).items():
+        with says_how_to_resume(keys, kept), benchmark.judge(wanted, settings) as judge:
+            found = judge_samples(
+                samples,
+                keys,
+                lambda sample: judge(by_id[sample.task_id], sample.code),
+                kept,
+                workers=settings.workers,
+                kind=settings.kind,
+            )
+    for group, share in _shares_by_group(benchmark, by_id, samples, found).items():
         print(f"{group:<12} {100 * share:.1f}")
     return summarize(file.name, samples, found)
 
 
-@contextlib.contextmanager
-def _judge_of(
-    dataset: Dataset,
-    problems: Sequence[Problem],
-    limits: JudgeLimits,
-    kind: SandboxKind,
-    java_classes: Path | None,
-    workers: int,
-) -> Iterator[Callable[[Sample], Verdicts]]:
-    """What judges one sample of ``problems``, after what all samples of a problem need has been made or checked."""
-    by_id = {problem.task_id: problem for problem in problems}
-    if dataset == "humaneval" or dataset == "mbpp":
-        from reflectron.tools.eval.judge import Judge
-
-        with Judge(limits, kind, expectations_folder()) as judge:
-            yield _evalplus_judge(judge, dataset, problems, workers)
-    elif dataset == "functions":
-        check_tests(problems, kind, workers)
-        seconds = _CALLS_FACTOR * limits.input_seconds
-        yield lambda sample: (judge_function(by_id[sample.task_id], sample.code, seconds, kind),)
-    elif dataset == "multipl-e" or dataset == "ds1000":
-        yield lambda sample: (judge_program(by_id[sample.task_id], sample.code, kind, java_classes),)
-    else:
-        assert_never(dataset)
+def _without_unavailable(
+    benchmark: Benchmark, problems: Sequence[BenchmarkProblem], samples: Sequence[ProgramSample]
+) -> Sequence[ProgramSample]:
+    """Return the samples that can be judged here; print which groups are skipped."""
+    unavailable = benchmark.unavailable(problems)
+    if benchmark.group is None or not unavailable:
+        return samples
+    for group, why in unavailable.items():
+        print(f"{printable(group)} is skipped: {why}")
+    groups = {problem.task_id: benchmark.group(problem) for problem in problems}
+    left = [sample for sample in samples if groups[sample.task_id] not in unavailable]
+    if not left:
+        raise ValueError("nothing can be scored: nothing that these problems need is installed")
+    return left
 
 
-def _evalplus_judge(
-    judge: Judge, dataset: Literal["humaneval", "mbpp"], problems: Sequence[Problem], workers: int
-) -> Callable[[Sample], Verdicts]:
-    tasks = {problem.task_id: make_task(dataset, problem) for problem in problems}
-    # Before any sample, or the samples of one task would all wait for them.
-    with contextlib.closing(in_threads(judge.prepare, tasks.values(), workers)) as made:
-        for _ in tracked(made, len(tasks), "expected answers"):
-            pass
-    return lambda sample: judge.judge(tasks[sample.task_id], sample.code)
+def _shares_by_group(
+    benchmark: Benchmark,
+    problems: Mapping[str, BenchmarkProblem],
+    samples: Sequence[ProgramSample],
+    verdicts: Sequence[Verdicts],
+) -> dict[str, float]:
+    """Return the share of samples that pass the first suite, by group."""
+    if benchmark.group is None:
+        return {}
+    passed: dict[str, list[bool]] = {}
+    for sample, (verdict, *_) in zip(samples, verdicts, strict=True):
+        passed.setdefault(benchmark.group(problems[sample.task_id]), []).append(verdict.status == "pass")
+    return {group: sum(values) / len(values) for group, values in passed.items()}
 
 
-def make_task(dataset: Literal["humaneval", "mbpp"], problem: Problem) -> Task:
-    """A published row as what its function is called with."""
-    from evalplus.data.mbpp import mbpp_deserialize_inputs
+def read_samples(path: Path, problems: Sequence[BenchmarkProblem], *, partial: bool) -> list[ProgramSample]:
+    """Read completions as evalplus reads them: a ``solution`` is a program, a ``completion`` follows the prompt.
 
-    from reflectron.tools.eval.expectations import Task
+    A sample whose text is no valid UTF-8 keeps what it has, as lone surrogates, for the judging to name.
 
-    base, plus = problem.record["base_input"], problem.record["plus_input"]
-    if dataset == "mbpp":
-        base, plus = (mbpp_deserialize_inputs(problem.task_id, inputs) for inputs in (base, plus))
-    canonical = problem.prompt + problem.record["canonical_solution"]
-    return Task(dataset, problem.task_id, problem.entry_point, canonical, problem.record["atol"], (base, plus))
+    Raises:
+        ValueError: naming the line that is no completion, or how many tasks have none (unless ``partial``).
+    """
+    prompts = {problem.task_id: problem.prompt for problem in problems}
+    counts: dict[str, int] = {}
+    samples = []
+    for number, row in read_json_lines(path, errors="surrogateescape"):
+        task_id = row.get("task_id")
+        if not isinstance(task_id, str) or task_id not in prompts:
+            shown = printable(repr(task_id))
+            raise ValueError(f"{path}:{number} has task_id {shown}, which the dataset does not have")
+        code = row.get("solution")
+        if code is None and isinstance(row.get("completion"), str):
+            code = prompts[task_id] + row["completion"]
+        if not isinstance(code, str):
+            raise ValueError(f"{path}:{number} has neither a text 'solution' nor a text 'completion'")
+        samples.append(ProgramSample(task_id, counts.setdefault(task_id, 0), code))
+        counts[task_id] += 1
+    missing = [task_id for task_id in prompts if task_id not in counts]
+    if missing and not (partial and samples):
+        raise ValueError(
+            f"{path} has no completion for {len(missing)} of {len(prompts)} tasks, such as {printable(missing[0])}; "
+            "--partial scores the others"
+        )
+    return samples
 
 
-def summarize(dataset: str, samples: Sequence[Sample], verdicts: Sequence[Sequence[Verdict]]) -> Score:
-    """Counts and estimates.
+def verdicts_beside(completions: str, result: str | None) -> Path:
+    """Return where verdicts are kept: beside the result, else beside the completions if that folder can be written."""
+    beside_result = result if result and not is_stream(Path(result)) else None
+    beside = Path(beside_result or completions.removesuffix(".gz")).with_suffix(".verdicts.jsonl")
+    if beside_result or os.access(beside.parent, os.W_OK):
+        return beside
+    name = hashlib.sha256(os.fsencode(Path(completions).resolve())).hexdigest()
+    return expectations_folder() / f"{name}.verdicts.jsonl"
+
+
+def summarize(dataset: str, samples: Sequence[ProgramSample], verdicts: Sequence[Sequence[SuiteVerdict]]) -> Score:
+    """Return counts and estimates.
 
     Args:
         verdicts: of each sample; on base and plus, or on base alone where a benchmark has one suite of tests.
@@ -253,7 +243,7 @@ def summarize(dataset: str, samples: Sequence[Sample], verdicts: Sequence[Sequen
 
 
 def describe(result: Score) -> str:
-    """What a person wants to know of a result."""
+    """Describe a result for a person."""
     lines = []
     for k, shares in result["pass_at_k"].items():
         parts = [f"{suite_name(result['dataset'], suite)} {100 * share:.1f}" for suite, share in shares.items()]
@@ -269,13 +259,6 @@ def describe(result: Score) -> str:
     return "\n".join(lines)
 
 
-def suite_name(dataset: str, suite: str) -> str:
-    """What a suite of a dataset is called in tables."""
-    names = {"humaneval": "HumanEval", "mbpp": "MBPP", "multipl-e": "MultiPL-E", "ds1000": "DS-1000"}
-    name = names.get(dataset, dataset)
-    return f"{name}+" if suite == "plus" else name
-
-
 def _describe_at_limit(found: Sequence[dict[str, Any]]) -> list[str]:
     if not found:
         return []
@@ -288,7 +271,7 @@ def _describe_at_limit(found: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _at_limit(sample: Sample, verdicts: dict[str, Verdict]) -> dict[str, Any]:
+def _at_limit(sample: ProgramSample, verdicts: dict[str, SuiteVerdict]) -> dict[str, Any]:
     return {
         "task_id": sample.task_id,
         "sample": sample.number,
@@ -297,7 +280,7 @@ def _at_limit(sample: Sample, verdicts: dict[str, Verdict]) -> dict[str, Any]:
     }
 
 
-def _failure(sample: Sample, verdicts: dict[str, Verdict], suite: str) -> dict[str, Any]:
+def _failure(sample: ProgramSample, verdicts: dict[str, SuiteVerdict], suite: str) -> dict[str, Any]:
     first = verdicts[suite]
     return {
         "task_id": sample.task_id,
@@ -308,8 +291,3 @@ def _failure(sample: Sample, verdicts: dict[str, Verdict], suite: str) -> dict[s
         "expected": first.expected,
         "got": first.got,
     }
-
-
-def expectations_folder() -> Path:
-    """Where expected answers are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reflectron" / "eval"

@@ -1,1 +1,0 @@
-"""Asking a language model behind any OpenAI-compatible endpoint: durably, resumably, within a budget."""

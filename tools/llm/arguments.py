@@ -1,24 +1,30 @@
-"""The arguments of every command that asks a model, and the client they describe."""
+"""The arguments of every command that asks a model, the client they describe, and the progress that a person sees."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
+import sys
+import time
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from reflectron.engine.text import one_line, printable
+from reflectron.engine.files import one_line, printable, require
+from reflectron.engine.terminal import console
 
 if TYPE_CHECKING:
     from reflectron.tools.llm.client import LlmClient
     from reflectron.tools.llm.work import Stop
 
+_SECONDS_BETWEEN_LINES = 30.0
+
 
 def add_client_arguments(parser: argparse.ArgumentParser, *, temperature: float) -> None:
-    """Endpoint, sampling, retries and budget."""
+    """Declare endpoint, sampling, retries and budget."""
     group = parser.add_argument_group("model")
     group.add_argument("--endpoint", required=True, metavar="URL", help="OpenAI-compatible server, up to and with /v1")
     group.add_argument("--model", required=True, help="name by which the server knows the model")
@@ -30,14 +36,14 @@ def add_client_arguments(parser: argparse.ArgumentParser, *, temperature: float)
     group.add_argument("--max-tokens", type=int, default=2048, help="longest answer (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="each request's seed comes from it (default: %(default)s)")
     group.add_argument(
-        "--extra-body", default="{}", metavar="JSON", help="further fields of each request; null leaves one out"
+        "--extra-body", default="{}", metavar="JSON", help="further fields of each request; null removes one"
     )
     group.add_argument("--concurrency", type=int, default=16, help="requests at a time (default: %(default)s)")
     group.add_argument("--timeout", type=float, default=300.0, help="seconds of an attempt (default: %(default)s)")
     group.add_argument("--attempts", type=int, default=5, help="of a request (default: %(default)s)")
     group.add_argument("--retry-pause", type=float, default=1.0, help="seconds, doubled each time (default: 1)")
     budget = parser.add_argument_group(
-        "budget", "of all runs with the same --out; what is under way when it is spent ends"
+        "budget", "of all runs with the same --out; requests under way when it is spent still finish"
     )
     budget.add_argument("--max-total-tokens", type=int, help="prompt and completion tokens")
     budget.add_argument("--max-cost", type=float, help="in the currency of the prices")
@@ -46,28 +52,15 @@ def add_client_arguments(parser: argparse.ArgumentParser, *, temperature: float)
     budget.add_argument("--tokenizer", metavar="PATH", help="counts tokens where the server does not; else estimated")
 
 
-def require(*modules: str, extra: str = "data") -> None:
-    """Find out that a package is missing before anything is read or written.
-
-    Raises:
-        ValueError: naming the package and the extra that brings it.
-    """
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"the package {module} is not installed: pip install 'reflectron[{extra}]'")
-
-
 def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient:
-    """The client that the arguments describe; call it in a running event loop.
+    """Make the client that the arguments describe; call it in a running event loop.
 
     Raises:
         ValueError: naming the argument.
     """
     require("openai", "tenacity")
-    from reflectron.tools.llm.budget import Limits
-    from reflectron.tools.llm.client import LlmClient, Retries
-    from reflectron.tools.llm.request import Sampling
-    from reflectron.tools.llm.transport import NO_KEY, Endpoint
+    from reflectron.tools.llm.client import LlmClient, Retries, SpendingLimits
+    from reflectron.tools.llm.request import NO_KEY, Endpoint, Sampling
 
     if not 0 < args.timeout < math.inf:
         raise ValueError(f"--timeout is {args.timeout}, expected more than 0 seconds")
@@ -80,7 +73,7 @@ def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient
         seed=args.seed,
         extra_body=json_object("--extra-body", args.extra_body),
     )
-    limits = Limits(
+    limits = SpendingLimits(
         max_total_tokens=args.max_total_tokens,
         max_cost=args.max_cost,
         price_input=args.price_input,
@@ -99,7 +92,7 @@ def make_client(args: argparse.Namespace, folder: Path, stop: Stop) -> LlmClient
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
-    """The value of an argument that is a JSON object.
+    """Return the value of an argument that is a JSON object.
 
     Raises:
         ValueError: naming the argument.
@@ -115,3 +108,69 @@ def json_object(name: str, text: str) -> dict[str, Any]:
 
 def _no_number(word: str) -> NoReturn:
     raise ValueError(f"{word} is not JSON")
+
+
+class ProblemProgress:
+    """Shows problems done, rate, tokens, cost and time left: as a bar on a terminal, else as lines.
+
+    Args:
+        total: problems to do, those done before included; None when their number is not known.
+        done: problems done before, in an earlier run.
+    """
+
+    def __init__(self, client: LlmClient, total: int | None, done: int = 0) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.client, self.total, self.before, self.done = client, total, done, done
+        self.results: Counter[str] = Counter()
+        self.console = console(stderr=True)
+        self.bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}", markup=False),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            # What others print meanwhile must not be read for escape sequences.
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not sys.stderr.isatty(),
+        )
+        self.task = self.bar.add_task("", total=total, completed=done)
+        self.began = self.last_line = time.monotonic()
+
+    def step(self, result: str) -> None:
+        """Count one more problem as done, with a result such as ``accepted``."""
+        self.done += 1
+        self.results[result] += 1
+        now = time.monotonic()
+        self.bar.update(self.task, completed=self.done, description=self.describe())
+        if self.bar.disable and (now - self.last_line >= _SECONDS_BETWEEN_LINES or self.done == self.total):
+            self.last_line = now
+            self.line(f"{self.done}/{self.total or '?'}  {self.describe()}  eta {self._left()}")
+
+    def describe(self) -> str:
+        """Return results, rate, tokens and cost in one line."""
+        budget = self.client.budget
+        results = " ".join(f"{name} {count}" for name, count in sorted(self.results.items()))
+        cost = f"  cost {budget.cost:.2f}" if budget.limits.price_input or budget.limits.price_output else ""
+        return f"{results}  {self._rate():.2f} problems/s  {budget.tokens:,} tokens{cost}"
+
+    def line(self, text: str) -> None:
+        """Show something beside the progress."""
+        self.console.print(text, soft_wrap=True)
+
+    def _rate(self) -> float:
+        return (self.done - self.before) / max(time.monotonic() - self.began, 1e-9)
+
+    def _left(self) -> str:
+        if self.total is None or self.done == self.before:
+            return "?"
+        return str(timedelta(seconds=round((self.total - self.done) / self._rate())))
+
+    def __enter__(self) -> ProblemProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()

@@ -1,4 +1,4 @@
-"""A model's answer as text: what it only thought is cut off, and its fenced blocks of code are found."""
+"""Find the fenced blocks of code in a model's answer, and cut off what it only thought."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FENCE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 PYTHON = ("python", "py", "python3")
-"""What blocks of Python call themselves."""
+"""The names by which blocks of Python are marked."""
 
 # What reasoning models put around their drafts; the opening tag often stands in the prompt and not in the answer.
 _THOUGHT = r"think|thinking|thought|reasoning"
@@ -31,15 +31,15 @@ class Fence:
     start: int
     """Index of its first character in the text, that of the mark included."""
     language: str
-    """In lower case; empty where the block does not say."""
+    """The language in lower case; empty where the block names none."""
     code: str
-    """Without the indentation of the list that the block may stand in."""
+    """The code, without the indentation of the list that the block may stand in."""
     closed: bool
     """Whether the block has an end; an answer that was cut off has none."""
 
 
 def find_fences(text: str) -> list[Fence]:
-    """Fenced blocks of a text in their order, as CommonMark has them: a block without an end goes to the text's end."""
+    """Return the fenced blocks of a text as CommonMark has them: one without an end goes to the end of the text."""
     found = []
     for match in _FENCE.finditer(text):
         code = _dedent(match["code"].strip("\n"), match["indent"])
@@ -48,7 +48,7 @@ def find_fences(text: str) -> list[Fence]:
 
 
 def without_thoughts(text: str) -> str:
-    """What stands behind the last end of a thought; nothing where a thought has begun and never ends."""
+    """Return what follows the last end of a thought; nothing where a thought has begun and never ends."""
     ends = list(_THOUGHT_END.finditer(text))
     if ends:
         return text[ends[-1].end() :]
@@ -56,5 +56,5 @@ def without_thoughts(text: str) -> str:
 
 
 def _dedent(code: str, indent: str) -> str:
-    """A block inside a list is indented with the list."""
+    """Remove the indentation of the list that a block stands in."""
     return "\n".join(line.removeprefix(indent) for line in code.split("\n"))

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on loopback whose answers are a function of the request: for tests, examples, benches.
+"""An OpenAI-compatible server on loopback whose answers are a function of the request, for tests and benchmarks.
 
 It speaks ``/v1/chat/completions`` and ``/v1/completions`` without streaming, and can fail as real servers do. It adds
 no latency of its own.
@@ -19,7 +19,7 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Scripted:
-    """What the server does with one request."""
+    """Says what the server does with one request."""
 
     text: str | None = None
     """The answer."""
@@ -69,7 +69,7 @@ class _Http(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is gone is no error of the server."""
+        """Ignore a client that is gone, which is no error of the server."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 

@@ -1,19 +1,31 @@
-"""Name of a GPU in; out come the rates that predictions divide by, each with where it is from.
+"""The cluster of a planned run: datasheets of GPUs, and the rates that predictions divide by.
 
 A rate is either a number of the datasheet times an assumed achievable fraction, or one that ``reflectron bench
-calibrate`` measured at the very size. Nothing here has been measured by this project unless a calibration file is
-given.
+calibrate`` measured at the very size. Without a calibration file nothing here has been measured by this project.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from reflectron.tools.planner.backends import STACKS, Backends
-from reflectron.tools.planner.calibration import COLLECTIVES, Calibration, read_calibration
-from reflectron.tools.planner.traffic import LAYERS
+from typing_extensions import assert_never
+
+from reflectron.engine.config import AttentionBackend, Config, LayersBackend
+from reflectron.tools.planner.backends import (
+    COLLECTIVES,
+    LAYER_TRAFFIC,
+    STACKS,
+    Calibration,
+    Collective,
+    HeadBackend,
+    Pass,
+    PlannedBackends,
+    Product,
+    read_calibration,
+)
 
 GB = 10**9
 # Share of communication that hides behind the computation it may overlap with, on CUDA. Assumed.
@@ -49,9 +61,9 @@ class Fractions:
     matmul: float
     fp8: float
     attention: float
-    """Of kernels as old as FlashAttention-2."""
+    """Kernels as old as FlashAttention-2."""
     new_attention: float
-    """Of FlashAttention-3, -4 and transformer-engine's (cuDNN)."""
+    """FlashAttention-3, -4 and transformer-engine's (cuDNN)."""
     memory: float
     bus: float
 
@@ -68,118 +80,98 @@ _HOPPER = Fractions(matmul=0.65, fp8=0.55, attention=0.30, new_attention=0.38, m
 # Adapters of the usual machines: 200 Gbit/s InfiniBand a GPU with A100 and A800, 400 Gbit/s with H100 and later.
 _HDR, _NDR = 25 * GB, 50 * GB
 
+# NVIDIA A100 datasheet (nvidia-1758950, SXM 80GB): 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s.
+_A100 = Gpu(
+    name="A100-80GB",
+    bf16_flops=312e12,
+    fp8_flops=0.0,
+    memory_bytes=79.2 * 2**30,
+    memory_bytes_per_second=2039 * GB,
+    nvlink_bytes_per_second=300 * GB,
+    network_bytes_per_second=_HDR,
+    fractions=_AMPERE,
+)
+# NVIDIA H100 datasheet (SXM): 1,979 TFLOP/s bf16 with sparsity, half of it dense, FP8 twice that; 3.35 TB/s, NVLink 900
+# GB/s.
+_H100 = Gpu(
+    name="H100-80GB",
+    bf16_flops=989e12,
+    fp8_flops=1979e12,
+    memory_bytes=79.1 * 2**30,
+    memory_bytes_per_second=3350 * GB,
+    nvlink_bytes_per_second=450 * GB,
+    network_bytes_per_second=_NDR,
+    fractions=_HOPPER,
+)
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # NVIDIA A100 datasheet (nvidia-1758950, SXM 80GB): 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s.
-        Gpu(
-            name="A100-80GB",
-            bf16_flops=312e12,
-            fp8_flops=0.0,
-            memory_bytes=79.2 * 2**30,
-            memory_bytes_per_second=2039 * GB,
-            nvlink_bytes_per_second=300 * GB,
-            network_bytes_per_second=_HDR,
-            fractions=_AMPERE,
-        ),
-        # A800: an A100 whose NVLink is cut to 400 GB/s (Reuters, November 2022).
-        Gpu(
-            name="A800-80GB",
-            bf16_flops=312e12,
-            fp8_flops=0.0,
-            memory_bytes=79.2 * 2**30,
-            memory_bytes_per_second=2039 * GB,
-            nvlink_bytes_per_second=200 * GB,
-            network_bytes_per_second=_HDR,
-            fractions=_AMPERE,
-        ),
-        # NVIDIA H100 datasheet (SXM): 1,979 TFLOP/s bf16 with sparsity, half of it dense, FP8 twice that; 3.35
-        # TB/s, NVLink 900 GB/s.
-        Gpu(
-            name="H100-80GB",
-            bf16_flops=989e12,
-            fp8_flops=1979e12,
-            memory_bytes=79.1 * 2**30,
-            memory_bytes_per_second=3350 * GB,
-            nvlink_bytes_per_second=450 * GB,
-            network_bytes_per_second=_NDR,
-            fractions=_HOPPER,
-        ),
-        # H800: an H100 whose NVLink is cut to 400 GB/s (DeepSeek-V3, arXiv 2412.19437 and 2505.09343).
-        Gpu(
-            name="H800-80GB",
-            bf16_flops=989e12,
-            fp8_flops=1979e12,
-            memory_bytes=79.1 * 2**30,
-            memory_bytes_per_second=3350 * GB,
-            nvlink_bytes_per_second=200 * GB,
-            network_bytes_per_second=_NDR,
-            fractions=_HOPPER,
-        ),
+        _A100,
+        # An A100 whose NVLink is cut to 400 GB/s (Reuters, November 2022).
+        replace(_A100, name="A800-80GB", nvlink_bytes_per_second=200 * GB),
+        _H100,
+        # An H100 whose NVLink is cut to 400 GB/s (DeepSeek-V3, arXiv 2412.19437 and 2505.09343).
+        replace(_H100, name="H800-80GB", nvlink_bytes_per_second=200 * GB),
         # NVIDIA H200 datasheet (SXM): H100's compute, 141 GB, 4.8 TB/s, NVLink 900 GB/s.
-        Gpu(
-            name="H200-141GB",
-            bf16_flops=989e12,
-            fp8_flops=1979e12,
-            memory_bytes=139.8 * 2**30,
-            memory_bytes_per_second=4800 * GB,
-            nvlink_bytes_per_second=450 * GB,
-            network_bytes_per_second=_NDR,
-            fractions=_HOPPER,
-        ),
+        replace(_H100, name="H200-141GB", memory_bytes=139.8 * 2**30, memory_bytes_per_second=4800 * GB),
     )
 }
 
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "transfer"]
+def gpu_of(device_name: str) -> Gpu | None:
+    """Return the planner's entry for a device as torch names it; None for one whose rates it does not know."""
+    if "PCIe" in device_name or "NVL" in device_name:
+        return None  # slower than the SXM modules that the entries are of
+    words = re.findall(r"\w+", device_name)
+    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in words), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where a run takes place, and how fast that is."""
+    """The machines of a run, and how fast they are."""
 
     gpu: Gpu
     gpus: int
     gpus_per_node: int
     network_bytes_per_second: float
-    """Of one GPU's adapter, as used."""
-    backends: Backends
+    """Rate of one GPU's adapter, as used."""
+    backends: PlannedBackends
     """What ``auto`` comes to there."""
     calibration: Calibration | None = None
-    """What was measured on such a machine."""
+    """Rates measured on such a machine."""
 
     @property
-    def measured(self) -> Backends | None:
-        """What the calibration's tables were measured with."""
+    def measured(self) -> PlannedBackends | None:
+        """Backends that the calibration's tables were measured with."""
         return None if self.calibration is None else self.calibration.backends
 
     @property
     def source(self) -> str:
-        """Where the rates are from."""
+        """Say where the rates are from."""
         if self.calibration is None:
             return "datasheets and assumed fractions, nothing measured"
         return self.calibration.source + ("" if self.is_cpu else "; network by the datasheet")
 
     @property
     def is_cpu(self) -> bool:
-        """Host and device are one: what one does, the other waits for."""
+        """Whether host and device are one, so that each waits for what the other does."""
         return self.gpu.name == "CPU"
 
     def exposed(self, size: float) -> float:
-        """Share of a collective of ``size`` bytes that computation beside it does not hide."""
+        """Return the share of a collective of ``size`` bytes that computation beside it does not hide."""
         measured = self.calibration.tables.get("exposed") if self.calibration is not None else None
         return 1 - OVERLAP if measured is None else measured.at(size)
 
     @property
     def matmul_flops(self) -> float:
-        """Of large products in bfloat16, or in the calibration's type."""
+        """Rate of large products in bfloat16, or in the calibration's type."""
         if self.calibration is not None:
             return float(self.calibration.tables["product_forward"].values.max())
         return self.gpu.bf16_flops * self.gpu.fractions.matmul
 
     @property
     def memory_bytes_per_second(self) -> float:
-        """Of a pass over much memory."""
+        """Rate of a pass over much memory."""
         if self.calibration is not None:
             return float(self.calibration.tables["pass_copy"].values[-1])
         return self.gpu.memory_bytes_per_second * self.gpu.fractions.memory
@@ -189,8 +181,8 @@ class Cluster:
         """Bus bandwidth of a collective inside a machine, in NCCL's definition."""
         return self.gpu.nvlink_bytes_per_second * self.gpu.fractions.bus
 
-    def product(self, kind: str, tokens: float, inner: float, outer: float, fp8: bool = False) -> float:
-        """Seconds of a linear layer's product: its ``forward``, or its backward for the ``input`` or the ``weight``."""
+    def product(self, kind: Product, tokens: float, inner: float, outer: float, fp8: bool = False) -> float:
+        """Return the seconds of one of a linear layer's products."""
         operations = 2 * tokens * inner * outer
         if fp8:
             return operations / (self.gpu.fp8_flops * self.gpu.fractions.fp8)
@@ -199,37 +191,39 @@ class Cluster:
         return operations / self.matmul_flops
 
     def linear(self, tokens: float, inner: float, outer: float, forwards: int = 1, fp8: bool = False) -> float:
-        """Seconds of a linear layer's forward and backward."""
-        forward, backward = self.product("forward", tokens, inner, outer, fp8), 0.0
-        for kind in ("input", "weight"):
-            backward += self.product(kind, tokens, inner, outer, fp8)
+        """Return the seconds of a linear layer's forwards and its backward."""
+        forward = self.product("forward", tokens, inner, outer, fp8)
+        backward = self.product("input", tokens, inner, outer, fp8) + self.product("weight", tokens, inner, outer, fp8)
         return forwards * forward + backward
 
-    def attention(self, operations: float, segment_length: float, head_dim: int, backend: str) -> float:
-        """Seconds of the causal attention of segments, forward and backward."""
+    def attention(self, operations: float, segment_length: float, head_dim: int, backend: AttentionBackend) -> float:
+        """Return the seconds of the causal attention of segments, forward and backward."""
         if self.calibration is not None and backend == self.calibration.backends.attention:
             return operations / self.calibration.tables["attention"].at(segment_length, head_dim)
         return operations / self.attention_flops(backend)
 
-    def attention_flops(self, backend: str) -> float:
-        """Useful operations of a forward and a backward over the time of both."""
-        new = backend in ("transformer_engine", "flash_attention_3", "flash_attention_4")
-        share = self.gpu.fractions.new_attention if new else self.gpu.fractions.attention
-        return self.gpu.bf16_flops * share
+    def attention_flops(self, backend: AttentionBackend) -> float:
+        """Return the useful operations of a forward and a backward over the time of both."""
+        match backend:
+            case "transformer_engine" | "flash_attention_3" | "flash_attention_4":
+                return self.gpu.bf16_flops * self.gpu.fractions.new_attention
+            case "flash_attention_2" | "torch_varlen" | "sdpa":
+                return self.gpu.bf16_flops * self.gpu.fractions.attention
+        assert_never(backend)
 
-    def head(self, backend: str, rows: float, hidden: float, columns: float) -> float | None:
-        """Seconds of the distillation head, forward and backward, where it was measured."""
+    def head(self, backend: HeadBackend, rows: float, hidden: float, columns: float) -> float | None:
+        """Return the seconds of the distillation head, forward and backward, where it was measured."""
         table = self.calibration.tables.get(f"head_{backend}") if self.calibration is not None else None
         return None if table is None else 6 * rows * hidden * columns / table.at(rows, hidden, columns)
 
-    def passes(self, part: str, elements: float, bytes_per_element: float) -> float:
-        """Seconds of passes over a tensor of ``elements``."""
+    def passes(self, part: Pass, elements: float, bytes_per_element: float) -> float:
+        """Return the seconds of passes over a tensor of ``elements``."""
         if self.calibration is None:
             return elements * bytes_per_element / self.memory_bytes_per_second
         return elements * bytes_per_element / self.calibration.tables[f"pass_{part}"].at(elements)
 
     def collective(self, kind: Collective, size: float, ranks: int, stride: int) -> float:
-        """Seconds of a collective of ``ranks`` GPUs that are ``stride`` apart, or of a transfer between two.
+        """Return the seconds of a collective of ``ranks`` GPUs that are ``stride`` apart, or of a transfer between two.
 
         ``size`` is the bytes of the whole: of the sum, of what is gathered, or of what is scattered.
         """
@@ -242,10 +236,14 @@ class Cluster:
         if kind == "transfer":
             return size / (self.node_bytes_per_second if inside else self.network_bytes_per_second)
         once = size * (ranks - 1) / ranks / self.bus(ranks, stride) + LATENCY
-        return 2 * once if kind == "all_reduce" else once
+        if kind == "all_reduce":
+            return 2 * once
+        if kind == "all_gather" or kind == "reduce_scatter":
+            return once
+        assert_never(kind)
 
     def bus(self, ranks: int, stride: int) -> float:
-        """Bus bandwidth, in bytes a second, of ``ranks`` GPUs that are ``stride`` apart.
+        """Return the bus bandwidth, in bytes a second, of ``ranks`` GPUs that are ``stride`` apart.
 
         A ring that leaves the machine goes through the adapters of all its members there.
         """
@@ -254,14 +252,14 @@ class Cluster:
         members = max(1, min(ranks, self.gpus_per_node // stride))
         return min(self.node_bytes_per_second, members * self.network_bytes_per_second)
 
-    def host(self, layers: str) -> dict[str, float]:
-        """Seconds of the host, by ``calibration.HOST``, with a backend of ``layers``."""
-        operators = LAYERS[layers].operators
+    def host(self, layers: LayersBackend) -> dict[str, float]:
+        """Return the seconds of the host, by ``HOST_PARTS``, with a backend of ``layers``."""
+        operators = LAYER_TRAFFIC[layers].operators
         if self.calibration is not None:
-            ratio = operators / LAYERS["torch"].operators
+            ratio = operators / LAYER_TRAFFIC["torch"].operators
             return self.calibration.host | {"microbatch_layer": self.calibration.host["microbatch_layer"] * ratio}
         # The embedding, the head and the schedule come to about one plain layer; an update to a few launches a layer.
-        plain = LAYERS["torch"].operators * LAUNCH
+        plain = LAYER_TRAFFIC["torch"].operators * LAUNCH
         return {
             "step": plain,
             "step_layer": 10 * LAUNCH,
@@ -273,7 +271,7 @@ class Cluster:
 def make_cluster(
     name: str, gpus: int, gpus_per_node: int = 8, calibration: Path | None = None, stack: str | None = None
 ) -> Cluster:
-    """GPUs of one kind, with measured rates where ``calibration`` has them; ``CPU`` for processes over gloo.
+    """Return GPUs of one kind, with measured rates where ``calibration`` has them; ``CPU`` for processes over gloo.
 
     ``stack`` is what is installed, a key of ``STACKS``; without one it is what the calibration was measured with, or
     else ``pip``.
@@ -302,7 +300,7 @@ def make_cluster(
 
 
 def _cpu_cluster(processes: int, measured: Calibration | None) -> Cluster:
-    """One machine without datasheet: all that is known of it was measured."""
+    """Return a machine without datasheet: all that is known of it was measured."""
     if measured is None or measured.processes != processes:
         found = "no calibration" if measured is None else f"a calibration of {measured.processes} processes"
         raise ValueError(
@@ -328,3 +326,22 @@ def _cpu_cluster(processes: int, measured: Calibration | None) -> Cluster:
         backends=measured.backends,
         calibration=measured,
     )
+
+
+def planned_backends(config: Config, cluster: Cluster) -> PlannedBackends:
+    """Return the backends of a run on ``cluster``: those that it names, and what ``auto`` comes to there.
+
+    Raises:
+        ValueError: for FP8 on GPUs without it, or without transformer-engine's layers, which alone have it.
+    """
+    named: dict[str, Any] = {part: name for part, name in vars(config.backends).items() if name != "auto"}
+    chosen = replace(cluster.backends, **named)
+    if config.model.fp8 != "none":
+        if not cluster.gpu.fp8_flops:
+            raise ValueError(f"model.fp8 is {config.model.fp8!r}, expected 'none': {cluster.gpu.name} has no FP8")
+        if chosen.layers != "transformer_engine":
+            raise ValueError(
+                f"model.fp8 is {config.model.fp8!r}, expected 'none' with backends.layers {chosen.layers!r}: plan with "
+                "--backends te"
+            )
+    return chosen

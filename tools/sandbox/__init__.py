@@ -1,1 +1,0 @@
-"""Running code that a model wrote, behind a wall."""

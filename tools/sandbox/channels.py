@@ -1,13 +1,15 @@
-"""The client's side of Jupyter's messages over unix sockets that the other side cannot be trusted with.
+"""The client's side of Jupyter's messages, over unix sockets whose other side cannot be trusted.
 
-Comes in: the connection to a kernel, and code. Goes out: a `Cell` that fills with text as messages come. A message
-above a size ends its connection, a connection that ended is never made again (its socket may by then be a link to
-another program's), malformed and foreign messages are dropped, and a cell's text has a limit.
+A `Cell` fills with text as messages arrive. A message above a size ends its connection, a connection that ended is
+never made again (its socket may by then be a link to another program's), malformed and foreign messages are dropped,
+and a cell's text has a limit. `plain_text` reduces what a program printed to what someone at a terminal would read in
+the end: text, newlines and tabs, nothing else.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,13 +18,24 @@ import zmq
 from jupyter_client.client import KernelClient
 from jupyter_client.connect import KernelConnectionInfo
 
-from reflectron.tools.sandbox.limits import Limits
+from reflectron.tools.sandbox.wall import SandboxLimits
 
 _READ_BYTES = 1 << 16
+# ECMA-48: control sequences; strings with their terminator, such as a window's title; other escapes. Each in its 7-bit
+# and its 8-bit form.
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c|(?=\n)|$)"
+    r"|\x1b[ -/]*[0-~]?"
+)
+_ERASE_LINE = re.compile(r"(?:\x1b\[|\x9b)[0-2]?K")
+_ERASED = "\0"
+# Controls, and what turns the direction of the text that follows or is no character.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Cell:
-    """What has come so far of one execution request."""
+    """Collects what arrives of one execution request."""
 
     def __init__(self, request_id: str, most_bytes: int) -> None:
         self.text = ""
@@ -35,11 +48,11 @@ class Cell:
 
     @property
     def complete(self) -> bool:
-        """Whether the kernel has replied and published all output."""
+        """Tell whether the kernel has replied and published all output."""
         return self._replied and self._idle
 
     def take(self, message: Mapping[str, Any]) -> None:
-        """Take in a message; one that answers another request, or nothing that is shown, changes nothing."""
+        """Apply a message; one that answers another request, or that shows nothing, changes nothing."""
         if message["parent_header"].get("msg_id") != self._request_id:
             return
         kind, content = message["header"]["msg_type"], message["content"]
@@ -67,9 +80,9 @@ class Cell:
 
 
 class Channels:
-    """Connections to the shell, the control and the output channel of a kernel whose sockets listen."""
+    """Connects to the shell, the control and the output channel of a kernel whose sockets listen."""
 
-    def __init__(self, connection: KernelConnectionInfo, limits: Limits) -> None:
+    def __init__(self, connection: KernelConnectionInfo, limits: SandboxLimits) -> None:
         self._context = zmq.Context()
         self._context.setsockopt(zmq.RECONNECT_IVL, -1)
         self._context.setsockopt(zmq.MAXMSGSIZE, 2 * limits.output_bytes + _READ_BYTES)
@@ -132,7 +145,7 @@ class Channels:
         return "cut" if any(monitor in ready for monitor in self._monitors) else "news"
 
     def gone(self, seconds: float) -> bool:
-        """Whether all connections end within ``seconds``, as they do when the kernel ends; a message ends its own."""
+        """Tell whether all connections end within ``seconds``, as when the kernel ends; a message ends only its own."""
         poller = zmq.Poller()
         left = set(self._monitors)
         for monitor in left:
@@ -145,7 +158,7 @@ class Channels:
         return not left
 
     def published(self, seconds: float) -> bool:
-        """Whether output arrives: what is published before the subscription is in force is lost. Ask again if not."""
+        """Tell whether output arrives; ask again if not: what is published before the subscription holds is lost."""
         asked = self._session.send(self._shell, "kernel_info_request", {})["header"]["msg_id"]
         until = time.monotonic() + seconds
         while self._output.poll(int(max(0.0, until - time.monotonic()) * 1000)):
@@ -155,7 +168,7 @@ class Channels:
         return False
 
     def _take(self, socket: zmq.Socket[bytes], cell: Cell) -> bool:
-        """Whether there was a message."""
+        """Receive a message into ``cell``; returns whether there was one."""
         try:
             _, message = self._session.recv(socket)
             if message is None:
@@ -165,3 +178,26 @@ class Channels:
             # Whatever the other side makes up: a false signature, no JSON, other types, missing keys.
             return True
         return True
+
+
+def plain_text(text: str) -> str:
+    """Return text without escape sequences and control characters but newline and tab.
+
+    After a carriage return the line is written over from its start, as progress bars do; other moves of the cursor are
+    not followed.
+    """
+    text = _ERASE_LINE.sub(_ERASED, text.replace(_ERASED, ""))
+    text = _ESCAPES.sub("", text).replace("\r\n", "\n")
+    return _CONTROLS.sub("", "\n".join(map(_line, text.split("\n"))))
+
+
+def _line(text: str) -> str:
+    """Return a line as it stands after all its carriage returns."""
+    shown = ""
+    # From the last backwards: each part shows where no later one is.
+    for part in reversed(text.split("\r")):
+        before, erased, after = part.rpartition(_ERASED)
+        shown += (before.replace(_ERASED, "") + after)[len(shown) :]
+        if erased:
+            break
+    return shown

@@ -35,12 +35,12 @@ _NUMPY_NUMBER = re.compile(r"[<>|][biufc](?:1|2|4|8|16|32)")
 
 
 class PlainDataError(ValueError):
-    """A value that is too large to be written, or bytes that are no value."""
+    """Says that a value is too large to be written, or that bytes are no value."""
 
 
 @dataclass(frozen=True)
 class DataLimits:
-    """What one value may take."""
+    """Limits what one value may take."""
 
     message_bytes: int = 256 << 20
     """Written."""
@@ -49,7 +49,7 @@ class DataLimits:
     depth: int = 100
     """Containers inside one another."""
     integer_bits: int = 1 << 24
-    """Of one integer."""
+    """Bits of one integer."""
 
 
 DEFAULT_LIMITS = DataLimits()
@@ -106,7 +106,7 @@ _ROW = 4
 
 
 def encode(value: object, limits: DataLimits = DEFAULT_LIMITS) -> bytes:
-    """``value`` as bytes.
+    """Return ``value`` as bytes.
 
     Raises:
         PlainDataError: when it is larger than the limits, which includes what contains itself.
@@ -117,14 +117,14 @@ def encode(value: object, limits: DataLimits = DEFAULT_LIMITS) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview, limits: DataLimits = DEFAULT_LIMITS) -> Any:
-    """What ``encode`` was given, of the same types; a ``defaultdict`` comes without its factory.
+    """Return what ``encode`` was given, of the same types; a ``defaultdict`` comes without its factory.
 
     Raises:
         PlainDataError: when ``data`` is anything else.
     """
     if len(data) > limits.message_bytes:
         raise PlainDataError(f"a value of {len(data)} bytes, expected at most {limits.message_bytes}")
-    reader = _Reader(memoryview(data), limits)
+    reader = _DataReader(memoryview(data), limits)
     try:
         value = reader.read(0)
     except (TypeError, ValueError, OverflowError) as error:
@@ -147,7 +147,7 @@ def write_message(stream: BinaryIO, value: object, limits: DataLimits = DEFAULT_
 
 
 def read_message(stream: BinaryIO, limits: DataLimits = DEFAULT_LIMITS) -> Any:
-    """The next value of a buffered stream.
+    """Return the next value of a buffered stream.
 
     Raises:
         EOFError: where the stream ends between two values.
@@ -168,7 +168,7 @@ def read_message(stream: BinaryIO, limits: DataLimits = DEFAULT_LIMITS) -> Any:
 
 
 def _read_all(stream: BinaryIO, size: int) -> bytearray:
-    """``size`` bytes, less at the stream's end; what a length promises takes no memory before it has come."""
+    """Read ``size`` bytes, less at the stream's end; no memory is taken for promised bytes before they arrive."""
     data = bytearray()
     while len(data) < size and (chunk := stream.read(min(size - len(data), _CHUNK_BYTES))):
         data += chunk
@@ -260,7 +260,7 @@ class _Writer:
             self._elements(b"t", list(part), depth)
 
     def _elements(self, mark: bytes, values: Any, depth: int) -> None:
-        """Elements of a container, at once where all are of a kind that allows it."""
+        """Read the elements of a container, at once where all are of a kind that allows it."""
         size = len(values)
         self._take(size, depth)
         form, rows = _as_rows(values) if size >= _ROW else (_ONE_BY_ONE, ())
@@ -274,7 +274,7 @@ class _Writer:
             self.write(value, depth + 1)
 
     def _foreign(self, value: Any, kind: type, depth: int) -> None:
-        """What is of no class that is written as it is: numpy's, a subclass's instance, or no data."""
+        """Write what is of no class that is written as it is: numpy's, a subclass's instance, or no data."""
         # Asked of `type` itself: a class may have properties of these names.
         ancestors = _ancestors(kind)
         numpy = sys.modules.get("numpy")
@@ -309,7 +309,7 @@ class _Writer:
 
 
 def _as_rows(values: Any) -> tuple[int, tuple[Any, ...]]:
-    """How the elements of a list or tuple are written at once, and the rows; one by one where they are mixed."""
+    """Return how the elements of a list or tuple are written at once, and the rows; one by one where they are mixed."""
     kinds = set(map(id, map(type, values)))
     try:
         if kinds == {id(int)}:
@@ -329,7 +329,7 @@ def _as_rows(values: Any) -> tuple[int, tuple[Any, ...]]:
 
 
 def _little(row: array[Any]) -> array[Any]:
-    """The row in the order of bytes of the format."""
+    """Return the row in the byte order of the format."""
     if sys.byteorder == "big":
         row.byteswap()
     return row
@@ -356,8 +356,8 @@ _AS_BASE: dict[type, Callable[[Any], Any]] = {
 }
 
 
-class _Reader:
-    """Takes values from ``data``, beginning ``at`` a place."""
+class _DataReader:
+    """Reads values from ``data``, beginning ``at`` a position."""
 
     def __init__(self, data: memoryview, limits: DataLimits) -> None:
         self.at = 0
@@ -547,7 +547,7 @@ class _Reader:
 
 
 def _check_distinct(keys: list[Any]) -> None:
-    """Refuse keys that would take quadratic time to compare."""
+    """Reject keys that would take quadratic time to compare."""
     if len(keys) > _EQUAL_HASHES:
         # Hashes as keys are as different as they are themselves.
         most = max(collections.Counter(map(hash, keys)).values())

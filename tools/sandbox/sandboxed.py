@@ -1,15 +1,15 @@
 """A running program behind the wall: its pipes, its watch and how it ended.
 
-Comes in: a command with its folders and limits. Goes out: the running program, whose output is read up to a limit, and
-an `Outcome`. Leaving the context of a `Sandboxed` kills whatever still runs in it and closes all pipes.
+Its output is read up to a limit. Leaving the context of a `Sandboxed` kills whatever still runs in it and closes all
+pipes; a `SandboxOutcome` says how it ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
-import secrets
 import selectors
 import signal
 import subprocess
@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from typing_extensions import assert_never
-
 from reflectron.tools.sandbox import wall
 from reflectron.tools.sandbox.home import home, sandbox_folder
-from reflectron.tools.sandbox.limits import Breach, Limits, SandboxKind
 from reflectron.tools.sandbox.seccomp import seccomp_program
+from reflectron.tools.sandbox.wall import Breach, SandboxKind, SandboxLimits
 from reflectron.tools.sandbox.watch import WatchedProcess
 
 _READ_BYTES = 1 << 16
@@ -32,8 +30,8 @@ _LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a program ended."""
+class SandboxOutcome:
+    """Records how a program ended."""
 
     returncode: int | None
     """Exit code, negative for a signal, None if it was killed for a limit."""
@@ -43,9 +41,14 @@ class Outcome:
     seconds: float
     ended: Literal["exited", "signal"] | Breach
 
+    @property
+    def breach(self) -> Breach | None:
+        """The limit that ended it, if one did."""
+        return None if self.ended == "exited" or self.ended == "signal" else self.ended
+
 
 class Sandboxed:
-    """A started program.
+    """Runs one program until `close`.
 
     Args:
         writable: folders by their path inside; the one at ``/sandbox`` is the working folder.
@@ -63,13 +66,13 @@ class Sandboxed:
         argv: Sequence[str],
         *,
         writable: Mapping[str, Path],
-        limits: Limits,
+        limits: SandboxLimits,
         environment: Mapping[str, str],
         read_only: Sequence[Path] = (),
         stdin: int = subprocess.DEVNULL,
         stdout: int | None = None,
     ) -> None:
-        self._kind, self._limits = kind, limits
+        self._walled = wall.is_walled(kind)
         self._status: bytes | None = None
         self._room = limits.output_bytes
         with contextlib.ExitStack() as on_error, contextlib.ExitStack() as theirs:
@@ -79,29 +82,25 @@ class Sandboxed:
             self.stderr_fd, stderr = _pipe(on_error, theirs)
             self._status_fd, status = _pipe(on_error, theirs)
             self._texts = {self.stdout_fd: bytearray(), self.stderr_fd: bytearray()}
-            inherited: list[int] = []
-            if kind == "bubblewrap":
+            if self._walled:
                 paths = [path.absolute() for path in read_only]
-                argv, inherited = _walled(argv, writable, paths, limits, status, theirs)
-            elif kind == "none":
-                argv = [*wall.launcher(limits, count_processes=False), *argv]
+                argv, inherited = _behind_wall(argv, writable, paths, limits, status, theirs)
             else:
-                assert_never(kind)
-            groups = home().groups
-            group = groups.new(secrets.token_hex(8), limits) if groups is not None else None
+                argv, inherited = [*wall.launcher(limits, count_processes=False), *argv], []
+            group = home().new_cgroup(limits)
             if group is not None:
                 on_error.callback(group.close)
             self.process = WatchedProcess(
                 wall.starter(argv, group.path if group is not None else None),
                 limits=limits,
                 folders=list(writable.values()),
-                environment=wall.environment(kind, writable, environment),
+                environment=wall.environment(walled=self._walled, writable=writable, extra=environment),
                 cwd=writable[wall.FOLDER],
                 stdin=stdin,
                 stdout=piped if stdout is None else stdout,
                 stderr=stderr,
                 pass_fds=inherited,
-                walled=kind == "bubblewrap",
+                walled=self._walled,
                 group=group,
             )
             self._resources = on_error.pop_all()
@@ -118,7 +117,7 @@ class Sandboxed:
         self._resources.close()
 
     def communicate(self, deadline: float) -> tuple[str, str]:
-        """Stdout and stderr until the program ends or is killed for a limit, ``deadline`` (monotonic) being one."""
+        """Return stdout and stderr when the program has ended, or was killed for a limit or at ``deadline``."""
         self._exchange(deadline, until_line=False)
         while not self.process.wait(min(deadline, time.monotonic() + _LOOK_SECONDS)):
             if time.monotonic() >= deadline:
@@ -168,14 +167,14 @@ class Sandboxed:
                     return
 
     def _read(self, descriptor: int) -> int:
-        """Bytes read, of which no more are kept than there is room for; 0 at the end."""
+        """Return the number of bytes read, 0 at the end; no more are kept than there is room for."""
         data = os.read(descriptor, _READ_BYTES)
         self._texts[descriptor] += data[: max(0, self._room)]
         self._room -= len(data)
         return len(data)
 
-    def outcome(self, stdout: str, stderr: str, seconds: float) -> Outcome:
-        """How the program ended; it is killed if it has not.
+    def outcome(self, stdout: str, stderr: str, seconds: float) -> SandboxOutcome:
+        """Say how the program ended; it is killed if it has not.
 
         Raises:
             OSError: the wall could not be made, so that nothing has run.
@@ -183,38 +182,43 @@ class Sandboxed:
         code = self.exit_code(stderr)
         breach = self.process.breach
         if breach is not None:
-            return Outcome(None, stdout, stderr, seconds, breach)
-        return Outcome(code, stdout, stderr, seconds, "signal" if code < 0 else "exited")
+            return SandboxOutcome(None, stdout, stderr, seconds, breach)
+        return SandboxOutcome(code, stdout, stderr, seconds, "signal" if code < 0 else "exited")
 
     def exit_code(self, stderr: str = "") -> int:
-        """Exit code, negative for a signal; kills what runs.
+        """Return the exit code, negative for a signal; kills what runs.
 
         Raises:
             OSError: the wall could not be made, so that nothing has run.
         """
         code = self.process.stop()
         # A signal reaches bubblewrap itself only from outside, that is from us.
-        if self._kind == "none" or code < 0:
+        if not self._walled or code < 0:
             return code
         # Written by bubblewrap outside of the wall, and only if the program ran.
         if self._status is None:
             self._status = os.read(self._status_fd, _READ_BYTES)
         # bubblewrap itself ends with 1 where it fails; above 128 it was told of a signal that ended all of the sandbox.
-        if b'"exit-code"' not in self._status and not 128 < code < 128 + signal.NSIG:
+        if not _says_exit_code(self._status) and not 128 < code < 128 + signal.NSIG:
             raise OSError(f"bubblewrap made no sandbox: {stderr.strip() or f'exit code {code}'}")
         # Like a shell it adds 128 to the number of a signal.
         return 128 - code if 128 < code < 128 + signal.NSIG else code
 
 
-def _walled(
+def _says_exit_code(status: bytes) -> bool:
+    """Tell whether one of bubblewrap's lines of JSON has the exit code."""
+    return any("exit-code" in json.loads(line) for line in status.splitlines())
+
+
+def _behind_wall(
     argv: Sequence[str],
     writable: Mapping[str, Path],
     read_only: Sequence[Path],
-    limits: Limits,
+    limits: SandboxLimits,
     status_fd: int,
     theirs: contextlib.ExitStack,
 ) -> tuple[list[str], list[int]]:
-    """The command that runs ``argv`` behind bubblewrap, and the descriptors that it inherits."""
+    """Return the command that runs ``argv`` behind bubblewrap, and the descriptors that it inherits."""
     user = wall.own_user()
     if user is not None:
         wall.give_to(user, writable.values())
@@ -244,7 +248,7 @@ def _seccomp_fd(theirs: contextlib.ExitStack) -> int | None:
 
 
 def _write_some(descriptor: int, data: bytes) -> bytes:
-    """What is left to be written; nothing when nobody reads."""
+    """Return what is left to be written; nothing when nobody reads."""
     try:
         return data[os.write(descriptor, data) :]
     except BlockingIOError:

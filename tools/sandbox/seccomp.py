@@ -1,9 +1,9 @@
 """The system calls that a sandbox refuses, as the BPF program that ``bwrap --seccomp`` loads.
 
-Comes in: the machine's name. Goes out: the program's bytes, empty on a machine other than x86_64 and aarch64.
-Namespaces alone would leave these calls open: tracing, further namespaces with their own root, kernel interfaces that
-Python code never needs, memory and other kernel objects that belong to no process and so escape the count, and socket
-families that a network namespace does not cover (vsock reaches the host of a virtual machine).
+The program is empty on a machine other than x86_64 and aarch64. Namespaces alone would leave these calls open: tracing,
+further namespaces with their own root, kernel interfaces that Python code never needs, memory and other kernel objects
+that belong to no process and so escape the count, and socket families that a network namespace does not cover (vsock
+reaches the host of a virtual machine).
 
 Format: linux/filter.h, linux/seccomp.h; numbers: arch/x86/entry/syscalls/syscall_64.tbl, asm-generic/unistd.h.
 """
@@ -85,7 +85,7 @@ _MMAP, _PRCTL, _IOCTL, _FCNTL = (9, 222), (157, 167), (16, 29), (72, 25)
 _SETSOCKOPT, _SETRLIMIT, _PRLIMIT64 = (54, 208), (160, 164), (302, 261)
 # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 _NEW_NAMESPACES = 0x7E020000
-# Of netlink only the protocol by which libc lists network interfaces, as ZeroMQ asks it to.
+# From netlink only the protocol by which libc lists network interfaces, as ZeroMQ asks it to.
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _NETLINK_ROUTE = 1, 2, 10, 16, 0
 # IP's own, ICMP, TCP, UDP, ICMPv6: others would load modules into the kernel.
 _PROTOCOLS = (0, 1, 6, 17, 58)
@@ -105,9 +105,10 @@ _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 
 
 def seccomp_program(machine: str) -> bytes:
-    """Filter for ``machine`` (``platform.machine()``); refused calls fail with EPERM, ``clone3`` with ENOSYS.
+    """Return the filter for ``machine`` (``platform.machine()``).
 
-    ``clone3`` hides its flags in memory that a filter cannot read; without it libc falls back to ``clone``.
+    Refused calls fail with EPERM, but ``clone3`` with ENOSYS: it hides its flags in memory that a filter cannot read,
+    and without it libc falls back to ``clone``.
     """
     if machine not in _ARCHITECTURES:
         return b""
@@ -130,7 +131,7 @@ def seccomp_program(machine: str) -> bytes:
 
 
 def _rules() -> list[tuple[tuple[int, int], list[bytes]]]:
-    """Calls that depend on their arguments, with what is done about each; every list ends in an answer."""
+    """Return the calls that depend on their arguments, with what is done about each; every list ends in an answer."""
     refuse, ignore, allow = _answer(errno.EPERM), _answer(0), _instruction(_RETURN, _ALLOW)
     return [
         (_CLONE3, [_answer(errno.ENOSYS)]),
@@ -214,7 +215,7 @@ def _load(argument: int) -> bytes:
 
 
 def _answer(number: int) -> bytes:
-    """Fail with errno ``number``; 0 means that nothing is done and success is reported."""
+    """Return the instruction that fails with errno ``number``; 0 does nothing and reports success."""
     return _instruction(_RETURN, _ERRNO | number)
 
 

@@ -1,7 +1,7 @@
 """What a tree of processes and a folder use right now, read from /proc and the file system.
 
-Comes in: the id of the tree's first process, or a folder. Goes out: numbers. Processes that end while they are read
-are skipped; the code that is measured can neither hide from this nor make it fail.
+Processes that end while they are read are skipped; the code that is measured can neither hide from this nor make it
+fail.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAPS_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Process:
-    """What /proc/PID/stat says of a process; times in clock ticks."""
+    """Holds what /proc/PID/stat says of a process; times in clock ticks."""
 
     pid: int
     started: int
@@ -33,13 +33,13 @@ class Process:
     """A letter: R runs or would, D waits for a disk, S sleeps, T and t are stopped, Z has ended."""
     own_ticks: int
     waited_ticks: int
-    """Of children that it waited for."""
+    """The processor time of children that it waited for."""
     threads: int
     resident_bytes: int
 
 
 def process_tree(root: int) -> list[int]:
-    """``root`` and its descendants. An orphan's new parent is the sandbox's first process, so that it stays in."""
+    """Return ``root`` and its descendants; orphans stay among them, adopted by the sandbox's first process."""
     found, frontier = [root], [root]
     while frontier:
         born = children(frontier.pop())
@@ -49,18 +49,18 @@ def process_tree(root: int) -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that ``pid`` has started, or taken in as orphans, and that are not reaped."""
+    """Return the processes that ``pid`` has started, or adopted as orphans, and that are not reaped."""
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
     except OSError:
         return []
-    return [int(child) for task in tasks for child in _read(f"/proc/{pid}/task/{task}/children").split()]
+    return [int(child) for task in tasks for child in read_file(f"/proc/{pid}/task/{task}/children").split()]
 
 
 def process(pid: int) -> Process | None:
-    """A process as it is now, None if it has ended."""
+    """Return a process as it is now, None if it has ended."""
     # The name in parentheses may hold anything; fields are counted after it. proc(5): 3, 14-17, 20, 22 and 24.
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if len(fields) <= 21:
         return None
     own, waited = sum(map(int, fields[11:13])), sum(map(int, fields[13:15]))
@@ -68,7 +68,7 @@ def process(pid: int) -> Process | None:
 
 
 class ProcessorTime:
-    """Processor time of a tree, that of processes that ended and that nobody waited for included.
+    """Counts the processor time of a tree, including that of ended processes that nobody waited for.
 
     What a process uses after it was last seen is lost if nobody waits for it.
     """
@@ -78,7 +78,7 @@ class ProcessorTime:
         self._lost_ticks = 0
 
     def update(self, processes: Iterable[Process]) -> float:
-        """Seconds until now, given all processes of the tree."""
+        """Return the seconds until now, given all processes of the tree."""
         now = {(process.pid, process.started): process for process in processes}
         for key in self._seen.keys() - now.keys():
             # The list of a process's children is not complete while some of them end.
@@ -97,12 +97,12 @@ class ProcessorTime:
 
 
 def proportional_bytes(processes: Iterable[Process]) -> int:
-    """Resident memory with each shared page counted once: exact, but slow to read."""
+    """Return resident memory with each shared page counted once: exact, but slow to read."""
     total = 0
     for process in processes:
         shares = [
             line.split()[1]
-            for line in _read(f"/proc/{process.pid}/smaps_rollup").splitlines()
+            for line in read_file(f"/proc/{process.pid}/smaps_rollup").splitlines()
             if line.startswith("Pss:")
         ]
         # A process may make itself unreadable to others of its user; its size in /proc/PID/stat it cannot hide.
@@ -111,43 +111,43 @@ def proportional_bytes(processes: Iterable[Process]) -> int:
 
 
 def swapped_bytes(pids: Iterable[int]) -> int:
-    """Memory that was moved to disk, where the machine does that."""
-    if _read("/proc/swaps").count("\n") < 2:
+    """Return the memory that was swapped out, where the machine does that."""
+    if read_file("/proc/swaps").count("\n") < 2:
         return 0
-    lines = [line for pid in pids for line in _read(f"/proc/{pid}/status").splitlines() if line.startswith("VmSwap:")]
-    return sum(int(line.split()[1]) for line in lines) * 1024
+    lines = [line for pid in pids for line in read_file(f"/proc/{pid}/status").splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmSwap:")) * 1024
 
 
 def socket_bytes(pid: int) -> int:
-    """Most that buffers of the sockets can hold in the network of ``pid``, those passed between processes included.
+    """Return the most that socket buffers can hold in the network of ``pid``, those passed between processes included.
 
     A unix socket tells nobody how much waits in it, so that each of them beyond the first few counts as full.
     """
-    counts = _read(f"/proc/{pid}/net/sockstat") + _read(f"/proc/{pid}/net/sockstat6")
+    counts = read_file(f"/proc/{pid}/net/sockstat") + read_file(f"/proc/{pid}/net/sockstat6")
     used = {line.split()[0]: int(line.split()[2]) for line in counts.splitlines() if len(line.split()) > 2}
-    size = max(0, used.get("sockets:", 0) - _FREE_SOCKETS) * int(_read("/proc/sys/net/core/wmem_default") or 0)
+    size = max(0, used.get("sockets:", 0) - _FREE_SOCKETS) * int(read_file("/proc/sys/net/core/wmem_default") or 0)
     for protocol in ("TCP", "TCP6", "UDP", "UDP6"):
         if used.get(f"{protocol}:", 0):
-            for line in _read(f"/proc/{pid}/net/{protocol.lower()}").splitlines()[1:]:
+            for line in read_file(f"/proc/{pid}/net/{protocol.lower()}").splitlines()[1:]:
                 sent, _, received = line.split()[4].partition(":")
                 size += 2 * (int(sent, 16) + int(received, 16))
     return size
 
 
 def deleted_bytes(pids: Iterable[int]) -> int:
-    """Space of files that no folder lists any more, but that a process holds open."""
+    """Return the space of deleted files that a process holds open."""
     return sum(_open_deleted(pids).values())
 
 
 def mapped_deleted_bytes(pids: Sequence[int]) -> int:
-    """Space of files that no folder lists any more, but that a process has mapped or holds open.
+    """Return the space of deleted files that a process has mapped or holds open.
 
     Only root can ask for the size of such a file; for anyone else it reaches up to the last byte that is mapped.
     """
     held = _open_deleted(pids)
     sizes: dict[tuple[int, int], int] = {}
     for pid in pids:
-        for line in _read(f"/proc/{pid}/maps", _MAPS_CHARACTERS).splitlines():
+        for line in read_file(f"/proc/{pid}/maps", _MAPS_CHARACTERS).splitlines():
             if not line.endswith(" (deleted)"):
                 continue
             where, _, offset, device, inode = line.split(maxsplit=5)[:5]
@@ -164,13 +164,13 @@ def mapped_deleted_bytes(pids: Sequence[int]) -> int:
 
 
 def hides(pids: Iterable[int]) -> bool:
-    """Whether one of them holds what cannot be counted.
+    """Tell whether one of them holds what cannot be counted.
 
     That is: files that are on their way to another process, which are in no process's table; a table that cannot be
     read; a list of mapped files without end.
     """
     for pid in pids:
-        if len(_read(f"/proc/{pid}/maps", _MAPS_CHARACTERS)) >= _MAPS_CHARACTERS:
+        if len(read_file(f"/proc/{pid}/maps", _MAPS_CHARACTERS)) >= _MAPS_CHARACTERS:
             return True
         try:
             descriptors = os.listdir(f"/proc/{pid}/fd")
@@ -180,7 +180,7 @@ def hides(pids: Iterable[int]) -> bool:
             continue
         for descriptor in descriptors:
             if stat.S_ISSOCK(_mode(f"/proc/{pid}/fd/{descriptor}")):
-                said = _read(f"/proc/{pid}/fdinfo/{descriptor}").partition("scm_fds:")[2].split()
+                said = read_file(f"/proc/{pid}/fdinfo/{descriptor}").partition("scm_fds:")[2].split()
                 if said and int(said[0]):
                     return True
     return False
@@ -211,7 +211,7 @@ def _mode(path: str) -> int:
 
 
 def folder_usage(folder: Path, most_files: int) -> tuple[int, int]:
-    """Bytes and entries in ``folder``.
+    """Return bytes and entries in ``folder``.
 
     Counting ends above ``most_files``. A folder 64 levels down or one that cannot be read, where anything could hide,
     counts as above.
@@ -249,7 +249,8 @@ def _entries(path: str, most: int) -> Iterable[os.DirEntry[str]]:
             yield entry
 
 
-def _read(path: str, most: int = -1) -> str:
+def read_file(path: str | Path, most: int = -1) -> str:
+    """Return the first ``most`` characters of a file of the kernel's, nothing where it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(most)

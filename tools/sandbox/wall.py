@@ -1,8 +1,8 @@
-"""The command line that puts a program behind bubblewrap, with as little of the machine visible as Python needs.
+"""What a sandboxed program may use, and the ``bwrap`` command line that puts it behind the wall.
 
-Comes in: a program's arguments and the folders it may see. Goes out: the arguments of ``bwrap`` with a launcher inside
-that sets limits and gives up what is left of privileges. Always: nothing is writable but the named folders, there is no
-network, and neither the user's home nor /etc is visible.
+Of the machine the program sees as little as Python needs: nothing is writable but the named folders, there is no
+network, and neither the user's home nor /etc is visible. A launcher inside sets limits and gives up what is left of
+privileges.
 
 Run by root, the program gets a user id of its own that exists nowhere else: inside a user namespace it would still be
 root to the files it can see, and the kernel does not count root's processes. Run by anyone else, it keeps that user's
@@ -19,9 +19,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from reflectron.tools.sandbox.limits import Limits, SandboxKind
+from typing_extensions import assert_never
+
+SandboxKind = Literal["bubblewrap", "none"]
+Breach = Literal["wall_time", "cpu_time", "memory", "processes", "disk", "output", "idle"]
 
 FOLDER, SCRATCH = "/sandbox", "/tmp"
 NOT_STARTED = 125
@@ -36,9 +41,52 @@ _NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts
 _LINKED_FROM_ETC = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime")
 
 
-def environment(kind: SandboxKind, writable: Mapping[str, Path], extra: Mapping[str, str]) -> dict[str, str]:
-    """The whole environment of the program; nothing is inherited."""
-    home, scratch = (inside if kind == "bubblewrap" else str(writable[inside]) for inside in (FOLDER, SCRATCH))
+@dataclass(frozen=True, kw_only=True)
+class SandboxLimits:
+    """Limits one sandbox; all but ``file_bytes`` and ``open_files`` hold for its processes together."""
+
+    wall_seconds: float = 10.0
+    """Time of one command, or of one cell of an interpreter."""
+
+    cpu_seconds: int = 10
+    """Processor time, user and system, of one command or cell; also for how long all of it may sleep at a stretch."""
+
+    memory_bytes: int = 4 * 2**30
+    """Resident memory; also the address space of each process."""
+
+    processes: int = 64
+    """Processes and threads alive at once, the sandbox's own two or three included."""
+
+    output_bytes: int = 1 << 20
+    """What is kept of stdout and stderr together."""
+
+    file_bytes: int = 64 << 20
+    """Size of one file."""
+
+    folder_bytes: int = 256 << 20
+    """Disk space of the writable folder and /tmp, files that are deleted but still open included."""
+
+    folder_files: int = 4096
+    """Files and folders in the writable folder and /tmp."""
+
+    open_files: int = 256
+    """Open files of one process."""
+
+
+def is_walled(kind: SandboxKind) -> bool:
+    """Tell whether a program is behind a wall, or only under limits."""
+    match kind:
+        case "bubblewrap":
+            return True
+        case "none":
+            return False
+        case _:
+            assert_never(kind)
+
+
+def environment(*, walled: bool, writable: Mapping[str, Path], extra: Mapping[str, str]) -> dict[str, str]:
+    """Return the whole environment of the program; nothing is inherited."""
+    home, scratch = (inside if walled else str(writable[inside]) for inside in (FOLDER, SCRATCH))
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin")),
@@ -55,7 +103,7 @@ def environment(kind: SandboxKind, writable: Mapping[str, Path], extra: Mapping[
 
 
 def python_paths() -> list[Path]:
-    """Folders that hold the running Python and its installed packages, but not what is installed editable."""
+    """Return the folders that hold the running Python and its packages, but no editable installs."""
     packages = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
     prefixes = [Path(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
     executable = Path(sys.executable)
@@ -69,7 +117,7 @@ def python_paths() -> list[Path]:
 
 
 def own_user() -> int | None:
-    """A user id for one sandbox where we are root and may take one, otherwise None."""
+    """Return a user id for one sandbox where we are root and may take one, otherwise None."""
     if os.geteuid() != 0:
         return None
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
@@ -87,15 +135,15 @@ def give_to(user: int, folders: Iterable[Path]) -> None:
         raise OSError(done.stderr.strip())
 
 
-def launcher(limits: Limits, *, count_processes: bool) -> list[str]:
-    """``prlimit`` with the limits that the kernel keeps for each process."""
+def launcher(limits: SandboxLimits, *, count_processes: bool) -> list[str]:
+    """Return ``prlimit`` with the limits that the kernel keeps for each process."""
     wanted = {
         "as": (resource.RLIMIT_AS, limits.memory_bytes),
         "fsize": (resource.RLIMIT_FSIZE, limits.file_bytes),
         "nofile": (resource.RLIMIT_NOFILE, limits.open_files),
         "memlock": (resource.RLIMIT_MEMLOCK, 1 << 16),
         "msgqueue": (resource.RLIMIT_MSGQUEUE, 0),
-        # Of a user: timers and signals that wait.
+        # Timers and signals that wait, over all processes of a user.
         "sigpending": (resource.RLIMIT_SIGPENDING, 1024),
         "rtprio": (resource.RLIMIT_RTPRIO, 0),
         "nice": (resource.RLIMIT_NICE, 0),
@@ -106,13 +154,13 @@ def launcher(limits: Limits, *, count_processes: bool) -> list[str]:
 
 
 def _allowed(which: int, value: int) -> int:
-    """Nobody but root may raise a limit that is lower already."""
+    """Return a limit that may be set: nobody but root may raise one that is lower already."""
     hard = resource.getrlimit(which)[1]
     return value if hard == resource.RLIM_INFINITY else min(value, hard)
 
 
 def starter(argv: Sequence[str], group: Path | None) -> list[str]:
-    """A command that runs ``argv`` as what the kernel ends first when memory runs out, and never dumps its memory.
+    """Return a command that runs ``argv`` as what the kernel kills first when memory runs out, without core dumps.
 
     A limit of 1 on core dumps also keeps the machine's handler of them from being started, which a limit of 0 does not
     (core(5)).
@@ -131,12 +179,12 @@ def bubblewrap(
     *,
     writable: Mapping[str, Path],
     read_only: Sequence[Path],
-    limits: Limits,
+    limits: SandboxLimits,
     user: int | None,
     status_fd: int,
     seccomp_fd: int | None,
 ) -> list[str]:
-    """Arguments that run ``argv`` in a sandbox, in its folder ``/sandbox``.
+    """Return the arguments that run ``argv`` in a sandbox, in its folder ``/sandbox``.
 
     Args:
         writable: folders of this machine by their path inside; ``/sandbox`` and ``/tmp`` must be among them.
@@ -147,22 +195,7 @@ def bubblewrap(
     """
     command = [shutil.which("bwrap") or "bwrap", *_NAMESPACES, "--new-session", "--die-with-parent", "--as-pid-1"]
     command += ["--hostname", "sandbox", "--cap-drop", "ALL"]
-    for path in _SYSTEM:
-        if os.path.islink(path):
-            command += ["--symlink", os.readlink(path), path]
-        elif os.path.isdir(path):
-            command += ["--ro-bind", path, path]
-    # Mapped, /dev/zero is shared memory that no process is seen to use; /dev/full reads alike and cannot be mapped.
-    command += ["--proc", "/proc", "--dev", "/dev", "--dev-bind", "/dev/full", "/dev/zero"]
-    for inside, folder in writable.items():
-        command += ["--bind", str(folder), inside]
-    # multiprocessing makes its semaphores there; a file system in memory would have no limit of size.
-    command += ["--bind", str(writable[SCRATCH]), "/dev/shm"]
-    for readable in (*map(Path, _LINKED_FROM_ETC), *read_only):
-        # bubblewrap itself would make the folders above for its own user alone.
-        for parent in reversed(readable.parents[:-1]):
-            command += ["--dir", str(parent)]
-        command += ["--ro-bind-try", str(readable), str(readable)]
+    command += _mounts(writable, read_only)
     command += ["--remount-ro", "/dev", "--remount-ro", "/"]
     command += ["--chdir", "/", "--json-status-fd", str(status_fd)]
     if seccomp_fd is not None:
@@ -180,7 +213,29 @@ def bubblewrap(
     return [*command, "env", "-C", FOLDER, "--", *argv]
 
 
+def _mounts(writable: Mapping[str, Path], read_only: Sequence[Path]) -> list[str]:
+    """Return the arguments that make files visible."""
+    command = []
+    for path in _SYSTEM:
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            command += ["--ro-bind", path, path]
+    # Mapped, /dev/zero is shared memory that no process is seen to use; /dev/full reads alike and cannot be mapped.
+    command += ["--proc", "/proc", "--dev", "/dev", "--dev-bind", "/dev/full", "/dev/zero"]
+    for inside, folder in writable.items():
+        command += ["--bind", str(folder), inside]
+    # multiprocessing makes its semaphores there; a file system in memory would have no limit of size.
+    command += ["--bind", str(writable[SCRATCH]), "/dev/shm"]
+    for readable in (*map(Path, _LINKED_FROM_ETC), *read_only):
+        # bubblewrap itself would make the folders above for its own user alone.
+        for parent in reversed(readable.parents[:-1]):
+            command += ["--dir", str(parent)]
+        command += ["--ro-bind-try", str(readable), str(readable)]
+    return command
+
+
 def _namespaces_count_processes() -> bool:
-    """Before Linux 5.14 the limit on processes counts all of a user's, not those of the namespace."""
+    """Tell whether RLIMIT_NPROC counts the namespace's processes; before Linux 5.14 it counts all of a user's."""
     major, minor = platform.release().split(".")[:2]
     return (int(major), int("".join(filter(str.isdigit, minor)))) >= (5, 14)

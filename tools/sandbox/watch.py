@@ -1,8 +1,7 @@
 """A process under watch: a thread of its own starts it, compares its whole tree with the limits, and kills the tree.
 
-Comes in: a command and its limits. Goes out: the running process, and after its end the limit that it overstepped. The
-kernel keeps limits for each process; those on all processes of a sandbox together are kept here, every 50 ms, with
-exact counts where there is a cgroup.
+The kernel keeps limits for each process; those on all processes of a sandbox together are kept here, every 50 ms, with
+exact counts where there is a cgroup. After the end, the breached limit is known.
 
 The thread lives as long as the process, because ``bwrap --die-with-parent`` takes the thread that started it for the
 parent: started from a worker thread that ends, a sandbox would die with it (prctl(2), PR_SET_PDEATHSIG).
@@ -21,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from reflectron.tools.sandbox import usage
-from reflectron.tools.sandbox.cgroup import Group
-from reflectron.tools.sandbox.limits import Breach, Limits
+from reflectron.tools.sandbox.home import Cgroup
+from reflectron.tools.sandbox.wall import Breach, SandboxLimits
 
 _INTERVAL_SECONDS = 0.05
 # What takes long to read is read every so many times.
@@ -36,7 +35,7 @@ _OF_THE_WALL = 2
 
 
 class WatchedProcess:
-    """A started process; ``stop`` or the end of the program that started it kills all of its tree.
+    """Runs and watches a process; ``stop`` or the end of the program that started it kills all of its tree.
 
     Args:
         folders: whose size is limited.
@@ -48,7 +47,7 @@ class WatchedProcess:
         self,
         command: Sequence[str],
         *,
-        limits: Limits,
+        limits: SandboxLimits,
         folders: Sequence[Path],
         environment: Mapping[str, str],
         cwd: Path,
@@ -57,7 +56,7 @@ class WatchedProcess:
         stderr: int,
         pass_fds: Sequence[int] = (),
         walled: bool = False,
-        group: Group | None = None,
+        group: Cgroup | None = None,
     ) -> None:
         self.breach: Breach | None = None
         self._limits, self._folders, self._walled, self._group = limits, folders, walled, group
@@ -90,7 +89,7 @@ class WatchedProcess:
             raise self._failure
 
     def ended(self) -> bool:
-        """Whether the process itself has ended; others of its tree may live until ``stop``."""
+        """Tell whether the process itself has ended; others of its tree may live until ``stop``."""
         if self._reaped.is_set():
             return True
         try:
@@ -99,7 +98,7 @@ class WatchedProcess:
             return True
 
     def wait(self, deadline: float) -> bool:
-        """Whether the process ended before ``deadline`` of ``time.monotonic``."""
+        """Tell whether the process ended before ``deadline`` of ``time.monotonic``."""
         while not self.ended():
             if time.monotonic() > deadline:
                 return False
@@ -107,12 +106,12 @@ class WatchedProcess:
         return True
 
     def stands_still(self) -> bool:
-        """Whether its program is stopped, or all of it has slept for longer than it may compute."""
+        """Tell whether its program is stopped, or all of it has slept for longer than it may compute."""
         asleep = self._looked - self._asleep_since
         return self.stopped() or asleep > max(self._limits.cpu_seconds, _PATIENCE_SECONDS)
 
     def stopped(self) -> bool:
-        """Whether its program has been stopped by a signal, and not for a moment only."""
+        """Tell whether its program has been stopped by a signal, and not for a moment only."""
         return self._looked - self._stopped_since > _PATIENCE_SECONDS
 
     def renew_cpu_time(self) -> None:
@@ -159,7 +158,7 @@ class WatchedProcess:
             self._reaped.set()
 
     def _measure(self) -> list[usage.Process]:
-        """The processes as they are now; times that depend on them are renewed."""
+        """Return the processes as they are now, and renew the times that depend on them."""
         with self._measuring:
             pids = usage.process_tree(self._process.pid)
             if self._group is not None:

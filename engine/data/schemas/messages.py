@@ -73,7 +73,7 @@ def _role(number: int, role: str) -> Role:
 
 
 def _kind(declared: object, is_typed: bool) -> Kind:
-    """Typed blocks need a ``type``; as in the reference, every type but ``generation`` is a reflection sample."""
+    """Read ``type``, which typed blocks need; all but ``generation`` are reflection samples, as in the reference."""
     if is_typed and not isinstance(declared, str):
         raise BadRecord(f"no type: 'type' is {shown_value(declared)}, expected 'generation' or 'reflection'")
     if is_typed:

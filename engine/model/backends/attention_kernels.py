@@ -1,4 +1,4 @@
-"""Causal attention over packed rows, by the back end: queries, keys, values and segments in, attended values out.
+"""Causal attention over packed rows, one function of queries, keys, values and segments for each backend.
 
 Every kernel gives each query the keys of its own segment up to itself; where a segment has more keys than queries, the
 last query meets the last key. Those for CUDA take all segments in one call and compute the padding as segments of its
@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from typing_extensions import assert_never
 
+from reflectron.engine.config import AttentionBackend
 from reflectron.engine.data.microbatch import Segments
 
 # (query [T, h, d], key [S, g, d], value [S, g, d], segments) -> [T, h, d]
@@ -27,18 +29,18 @@ AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments],
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """What a kernel is made for; heads are those of a tensor-parallel rank."""
+    """The sizes that a kernel is made for; heads are those of a tensor-parallel rank."""
 
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
     softmax_scale: float
     whole_segments: bool
-    """No context parallelism: queries and keys of a segment are the same tokens."""
+    """Whether queries and keys of a segment are the same tokens, as without context parallelism."""
 
 
-def attention_kernel(backend: str, shape: AttentionShape) -> AttentionKernel:
-    """The kernel of ``backend``, one of the names of ``backends.attention``.
+def attention_kernel(backend: AttentionBackend, shape: AttentionShape) -> AttentionKernel:
+    """Return the kernel of ``backend``.
 
     Raises:
         ImportError: when its package is missing.
@@ -65,12 +67,13 @@ def attention_kernel(backend: str, shape: AttentionShape) -> AttentionKernel:
         from torch.nn.attention.varlen import varlen_attn
 
         return torch_varlen(varlen_attn, shape)
-    assert backend == "sdpa", backend
-    return sdpa(shape)
+    if backend == "sdpa":
+        return sdpa(shape)
+    assert_never(backend)
 
 
 def sdpa(shape: AttentionShape) -> AttentionKernel:
-    """torch's scaled dot product, one call for each segment."""
+    """Return torch's scaled dot product, one call for each segment."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
         lengths, key_lengths = segments.query_lengths, segments.key_lengths
@@ -95,7 +98,7 @@ def sdpa(shape: AttentionShape) -> AttentionKernel:
 
 
 def _ends_aligned(queries: int, keys: int) -> torch.Tensor:
-    """The causal mask of the last queries of a segment: kernels for CUDA make none of it, those for the CPU all."""
+    """Return the causal mask of a segment's last queries, which kernels for the CPU alone write out."""
     # Brings torch's compiler along, which is a tenth of the start of a rank.
     from torch.nn.attention.bias import causal_lower_right
 
@@ -103,13 +106,13 @@ def _ends_aligned(queries: int, keys: int) -> torch.Tensor:
 
 
 def _by_segment(x: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """[tokens, heads, d] -> [1, heads, length, d] for each length, without the padding behind them."""
+    """Split [tokens, heads, d] into [1, heads, length, d] for each length, without the padding behind them."""
     heads_first = x.transpose(0, 1).unsqueeze(0)
     return heads_first.split([*lengths, x.shape[0] - sum(lengths)], dim=2)[: len(lengths)]
 
 
 def flash_varlen(function: Callable[..., Any], shape: AttentionShape) -> AttentionKernel:
-    """``flash_attn_varlen_func`` of flash-attn 2 (from 2.1, which aligns the mask at the last key), 3 and 4."""
+    """Adapt ``flash_attn_varlen_func`` of flash-attn 2 (from 2.1, which aligns the mask at the last key), 3 and 4."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
         result = function(
@@ -131,7 +134,7 @@ def flash_varlen(function: Callable[..., Any], shape: AttentionShape) -> Attenti
 
 
 def torch_varlen(function: Callable[..., Any], shape: AttentionShape) -> AttentionKernel:
-    """``torch.nn.attention.varlen.varlen_attn`` of torch 2.11 and newer; a window of (-1, 0) is its causal mask."""
+    """Adapt ``torch.nn.attention.varlen.varlen_attn`` (torch 2.11 and newer), causal by a window of (-1, 0)."""
     options: dict[str, Any] = {"scale": shape.softmax_scale, "window_size": (-1, 0)}
     # torch 2.11 has no such switch and takes grouped queries without.
     if "enable_gqa" in inspect.signature(function).parameters:
@@ -154,7 +157,7 @@ def torch_varlen(function: Callable[..., Any], shape: AttentionShape) -> Attenti
 
 
 def transformer_engine(module_class: Callable[..., Any], shape: AttentionShape) -> AttentionKernel:
-    """transformer-engine's ``DotProductAttention``, which takes cuDNN's kernels or flash-attn's, as it sees fit."""
+    """Adapt transformer-engine's ``DotProductAttention``, which takes cuDNN's or flash-attn's kernels as fits."""
     # Held by the closure alone: as a submodule it would add an entry to every checkpoint (its _extra_state).
     module = module_class(
         shape.num_attention_heads,

@@ -1,4 +1,4 @@
-"""Which implementation computes attention, layers, weight gradients and AdamW: from configuration and machine to names.
+"""The choice of what computes attention, layers, weight gradients and AdamW, by the configuration and the machine.
 
 Each part has an ordered table of candidates, the best first and last the plain one that works everywhere. ``auto``
 takes the first without a reason against it; a candidate that is asked for by name and has one ends the run before it
@@ -13,57 +13,57 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from packaging.version import Version
 
-from reflectron.engine.config import Config
-from reflectron.engine.model.architecture import Architecture
+from reflectron.engine.config import AdamwBackend, AttentionBackend, Config, LayersBackend, WeightGradientBackend
+from reflectron.engine.files import one_line
+from reflectron.engine.model.architecture import Architecture, linear_layers
 from reflectron.engine.model.backends.attention_kernels import AttentionShape
 from reflectron.engine.model.backends.checks import (
     LayerSizes,
     attention_disagreement,
-    liger_disagreement,
-    transformer_engine_disagreement,
+    layers_disagreement,
 )
 from reflectron.engine.model.rope import softmax_scale
 from reflectron.engine.parallel.machine import TRANSFORMER_ENGINE
-from reflectron.engine.text import one_line
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a backend would have to do."""
+    """The run for which a backend is considered."""
 
     config: Config
     arch: Architecture | None
-    """None where no model is known yet: its sizes then count as fine."""
+    """None where no model is known yet, whose sizes then raise no objection."""
     device: torch.device
 
 
-# One sentence why not, or None.
+# Returns one sentence why a backend cannot be used, or None.
 Objection = Callable[[Use], str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backends:
-    """What computes a run; the default is plain torch throughout."""
+    """The implementations that compute a run; the default is plain torch throughout."""
 
-    attention: str = "sdpa"
-    layers: str = "torch"
-    weight_gradient: str = "torch"
-    adamw: str = "torch"
+    attention: AttentionBackend = "sdpa"
+    layers: LayersBackend = "torch"
+    weight_gradient: WeightGradientBackend = "torch"
+    adamw: AdamwBackend = "torch"
     passed_over: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By part, the candidates before the chosen one, and why each was not taken."""
+    """By part, the candidates before the chosen one and the reason against each."""
 
     @property
     def names(self) -> dict[str, str]:
-        """The choice for each part."""
+        """Return the choice for each part."""
         return {part: getattr(self, part) for part in CANDIDATES}
 
     def lines(self) -> list[str]:
-        """For a person: one line a part, with the reasons."""
+        """Describe the choice for a person: one line a part, with the reasons."""
         return [f"backends: {part} {name}{self._reasons(part)}" for part, name in self.names.items()]
 
     def _reasons(self, part: str) -> str:
@@ -78,13 +78,13 @@ PLAIN = Backends()
 
 
 def choose_backends(config: Config, arch: Architecture | None, device: torch.device) -> Backends:
-    """The backends of a run on ``device``, as the section ``backends`` of its configuration says.
+    """Return the backends of a run on ``device``, as the section ``backends`` of its configuration says.
 
     Raises:
         ValueError: when one is asked for by name and cannot do it; names the key, the reason and what can.
     """
     use = Use(config, arch, device)
-    chosen: dict[str, str] = {}
+    chosen: dict[str, Any] = {}
     passed_over: dict[str, dict[str, str]] = {}
     for part, candidates in CANDIDATES.items():
         asked = getattr(config.backends, part)
@@ -107,7 +107,7 @@ def choose_backends(config: Config, arch: Architecture | None, device: torch.dev
 
 
 def choose_on_every_rank(config: Config, arch: Architecture, device: torch.device) -> Backends:
-    """``choose_backends`` on every rank of a job, whose machines may differ.
+    """Choose on every rank of a job, whose machines may differ.
 
     Raises:
         ValueError: as ``choose_backends``, and when ranks did not choose the same.
@@ -120,7 +120,7 @@ def choose_on_every_rank(config: Config, arch: Architecture, device: torch.devic
 
 
 def check_agreement(everyones: Sequence[dict[str, str]]) -> None:
-    """Refuse choices that differ: ranks would hold their parameters in another order.
+    """Reject choices that differ: ranks would hold their parameters in another order.
 
     Args:
         everyones: the choice of each rank for each part.
@@ -138,12 +138,12 @@ def check_agreement(everyones: Sequence[dict[str, str]]) -> None:
 
 
 def without_cuda(use: Use) -> str | None:
-    """For what runs on CUDA alone."""
+    """Object where a backend needs CUDA and the run has none."""
     return None if use.device.type == "cuda" else "needs CUDA"
 
 
 def without_package(distribution: str, module: str, install: str, at_least: str = "0") -> str | None:
-    """Whether ``module`` of ``distribution`` can be imported; ``install`` says how to get it."""
+    """Object where ``module`` of ``distribution`` cannot be imported; ``install`` says how to get it."""
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -158,11 +158,11 @@ def without_package(distribution: str, module: str, install: str, at_least: str 
 
 
 def _nothing(use: Use) -> None:
-    """Plain torch works everywhere."""
+    """Never object: plain torch works everywhere."""
 
 
 def attention_shape(use: Use) -> AttentionShape:
-    """What a tensor-parallel rank attends with; of no model in particular where none is known."""
+    """Return the sizes of a tensor-parallel rank's attention, of no model in particular where none is known."""
     whole = use.config.parallel.context_parallel_size == 1
     if use.arch is None:
         return AttentionShape(
@@ -178,8 +178,8 @@ def attention_shape(use: Use) -> AttentionShape:
     )
 
 
-def _attention(backend: str, missing: Callable[[Use], str | None]) -> Objection:
-    """A kernel for CUDA: what all of them need, then what ``missing`` says, then a comparison with sdpa."""
+def _attention(backend: AttentionBackend, missing: Objection) -> Objection:
+    """Object to a kernel for CUDA by what all of them need, by ``missing``, then by a comparison with sdpa."""
 
     def objection(use: Use) -> str | None:
         if reason := without_cuda(use):
@@ -252,12 +252,18 @@ def _layers_transformer_engine(use: Use) -> str | None:
     return (
         _without_transformer_engine(use)
         or _impossible_in_fp8(use)
-        or transformer_engine_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
+        or layers_disagreement(
+            "transformer_engine", layer_sizes(use), getattr(torch, use.config.model.dtype), use.device
+        )
     )
 
 
+def _layers_disagreement(backend: LayersBackend, use: Use) -> str | None:
+    return layers_disagreement(backend, layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
+
+
 def layer_sizes(use: Use) -> LayerSizes:
-    """Of a layer on a rank; of no model in particular where none is known."""
+    """Return the sizes of a layer on a rank, of no model in particular where none is known."""
     if use.arch is None:
         return LayerSizes()
     arch, ranks = use.arch, use.config.parallel.tensor_model_parallel_size
@@ -272,21 +278,19 @@ def layer_sizes(use: Use) -> LayerSizes:
 
 
 def _impossible_in_fp8(use: Use) -> str | None:
-    """Where FP8 is asked for: a device or a matrix of this rank that cannot do it."""
+    """Object where FP8 is asked for and the device or a matrix of this rank cannot do it."""
     if use.config.model.fp8 == "none":
         return None
     if torch.cuda.get_device_capability(use.device) < _FP8_CAPABILITY:
         return f"model.fp8 needs compute capability 8.9 or higher, not {_capability(use)}"
-    layer = layer_sizes(use)
-    sizes = {
-        "hidden_size": layer.hidden,
-        "intermediate_size": layer.ffn,
-        "width of the query heads": layer.heads * layer.head_dim,
-        "width of the key heads": layer.groups * layer.head_dim,
-    }
-    for name, size in sizes.items():
-        if size % _FP8_MULTIPLE:
-            return f"model.fp8 needs multiples of {_FP8_MULTIPLE}, and the model's {name} on a rank is {size}"
+    ranks = use.config.parallel.tensor_model_parallel_size
+    for matrix in linear_layers(use.arch) if use.arch is not None else ():
+        inputs, outputs = matrix.sizes(ranks)
+        widths = {f"input of {matrix.name}": inputs}
+        widths |= {f"output of {part.module}": part.rows * outputs // matrix.outputs for part in matrix.parts}
+        for name, width in widths.items():
+            if width % _FP8_MULTIPLE:
+                return f"model.fp8 needs multiples of {_FP8_MULTIPLE}, and the {name} is {width} wide on a rank"
     return None
 
 
@@ -302,7 +306,7 @@ def _layers_liger(use: Use) -> str | None:
     return (
         without_package("triton", "triton", "torch brings it since 2.8", at_least=_TRITON)
         or without_package("liger-kernel", "liger_kernel.ops.swiglu", "pip install '.[fused]'", at_least=_LIGER)
-        or liger_disagreement(layer_sizes(use), getattr(torch, use.config.model.dtype), use.device)
+        or _layers_disagreement("liger", use)
     )
 
 

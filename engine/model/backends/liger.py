@@ -30,22 +30,22 @@ if knobs.runtime.interpret:
 class LigerRMSNorm(RMSNorm):
     """``RMSNorm`` in one kernel: the same parameter, and the same roundings as in transformers' Llama.
 
-    Keeps its input and a float32 a row. The gradient of the output is overwritten with that of the input: what follows
-    a norm is a linear layer or the loss, which make a tensor for it that nothing else reads.
+    It keeps its input and a float32 a row. The gradient of the output is overwritten with that of the input: a norm is
+    followed by a linear layer or the loss, which make a tensor for it that nothing else reads.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Same shape and type as ``x``."""
+        """Return the shape and type of ``x``."""
         return rms_norm(x, self.weight, self.eps)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x`` [..., H] over its root mean square, times ``weight`` [H]."""
+    """Divide ``x`` [..., H] by its root mean square and multiply it by ``weight`` [H]."""
     return LigerRMSNormFunction.apply(x, weight, _scalar(eps), _scalar(0.0), "llama", True)
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
-    """SiLU of the first half times the second: [T, 1, 2 F] -> [T, 1, F].
+    """Multiply the SiLU of the first half by the second: [T, 1, 2 F] -> [T, 1, F].
 
     The halves are read where they lie, and so are their gradients written; keeps ``gate_and_up`` and nothing else.
     """
@@ -55,16 +55,16 @@ def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
 class LigerSelfAttention(SelfAttention):
     """``SelfAttention`` that rotates queries and keys in one kernel, before they reach the core attention.
 
-    Takes ``cosines_and_sines`` as ``rotary_pos_emb``; all layers share it, and it is all that the rotation keeps.
+    It takes ``cosines_and_sines`` as ``rotary_pos_emb``; all layers share it, and it is all that the rotation keeps.
     """
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> Any:
-        """As ``SelfAttention.forward``, whose own rotation is left out."""
+        """Attend as ``SelfAttention.forward`` does, without its own rotation."""
         self._cos_sin = rotary_pos_emb
         return super().forward(*args, **kwargs)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """Query and key rotated, value; megatron-core rotates right after this call (0.16.1)."""
+        """Return query and key, rotated, and the value; megatron-core rotates right after this call (0.16.1)."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         return *rotate(query, key, self._cos_sin), value
 
@@ -88,7 +88,7 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos_sin: torch.Tensor) -> tup
 
 
 def _scalar(value: float) -> Any:
-    """A number as a kernel's argument: the interpreter does not make a scalar of it, which Liger's kernels expect."""
+    """Wrap a number as a kernel's argument: the interpreter does not make it the scalar that Liger's kernels expect."""
     if not knobs.runtime.interpret:
         return value
     import numpy as np

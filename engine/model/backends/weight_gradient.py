@@ -7,29 +7,44 @@ of Apex's for it, by a global name (0.16.1); torch's ``addmm`` does the same and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel import layers
+from typing_extensions import assert_never
 
+from reflectron.engine.config import WeightGradientBackend
 from reflectron.kernels.products import add_product, as_factor, without_autocast
 
 
 class AddmmExtension:
-    """What megatron-core uses of ``fused_weight_gradient_mlp_cuda`` where ``main_grad`` is float32."""
+    """The part that megatron-core uses of ``fused_weight_gradient_mlp_cuda`` where ``main_grad`` is float32."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-        """main_grad += grad_output^T inputs, summed in float32: [out, in] += [tokens, out]^T [tokens, in]."""
+        """Add grad_output^T inputs to ``main_grad``, summed in float32: [out, in] += [tokens, out]^T [tokens, in]."""
         # Autocast would round the factors, and the sum with them.
         with without_autocast(main_grad.device):
             add_product(main_grad, as_factor(grad_output).t(), as_factor(inputs))
 
 
-def use_weight_gradient(name: str) -> None:
-    """Have megatron-core call the extension that ``backends.weight_gradient`` names; ``torch`` calls none."""
-    if name == "addmm":
-        layers.fused_weight_gradient_mlp_cuda = AddmmExtension
-        layers._grad_accum_fusion_available = True
-    elif name == "apex":
-        import fused_weight_gradient_mlp_cuda
+def gradient_extension(backend: WeightGradientBackend) -> Any | None:
+    """Return the extension that ``backend`` names; None for ``torch``, which adds afterwards."""
+    match backend:
+        case "torch":
+            return None
+        case "addmm":
+            return AddmmExtension
+        case "apex":
+            import fused_weight_gradient_mlp_cuda
 
-        layers.fused_weight_gradient_mlp_cuda = fused_weight_gradient_mlp_cuda
+            return fused_weight_gradient_mlp_cuda
+    assert_never(backend)
+
+
+def use_weight_gradient(backend: WeightGradientBackend) -> None:
+    """Have megatron-core call the extension of ``backend``, if it has one."""
+    extension = gradient_extension(backend)
+    if extension is not None:
+        layers.fused_weight_gradient_mlp_cuda = extension
+        layers._grad_accum_fusion_available = True
