@@ -30,10 +30,10 @@ from reflectron.kernels.types import (
     HeadOptions,
     PairRows,
     Rows,
-    row_fields,
+    field_kinds,
 )
 
-_ROW_FIELDS = {rows: row_fields(rows) for rows in (PairRows, Rows)}
+_ROW_FIELDS = {rows: field_kinds(rows) for rows in (PairRows, Rows)}
 
 
 def distillation_head(

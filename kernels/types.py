@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 HeadBackend = Literal["auto", "reference", "triton"]
-RowField = Literal["teacher_hidden", "hidden", "label", "weight"]
+FieldKind = Literal["teacher_hidden", "hidden", "label", "weight"]
 
 Groups = tuple[Tensor, Tensor, Tensor]  # one tensor each for teacher [N, ...], student [N, ...], unpaired [M, ...]
 OptionalGroups = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -47,7 +47,7 @@ class Rows:
     ce_weight: Annotated[Tensor, "weight"]  # [M] float32
 
 
-def row_fields(rows: type[PairRows] | type[Rows]) -> dict[str, RowField]:
+def field_kinds(rows: type[PairRows] | type[Rows]) -> dict[str, FieldKind]:
     """Return the kind of every field, as its annotation states it."""
     hints = get_type_hints(rows, include_extras=True)
     return {field.name: hints[field.name].__metadata__[0] for field in fields(rows)}

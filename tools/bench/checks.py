@@ -41,10 +41,8 @@ from reflectron.engine.model.backends.checks import (
     relative_error,
 )
 from reflectron.engine.model.backends.choose import CANDIDATES, PLAIN, Use, attention_shape
-from reflectron.engine.model.backends.weight_gradient import gradient_extension
 from reflectron.engine.model.hf_config import parse_architecture
 from reflectron.tools.bench.harness import BenchRows, Row, new_rows_file, read_rows, run_process, write_tiny_run
-from reflectron.tools.bench.models import lone_adamw
 from reflectron.tools.provenance import provenance
 
 Check = Literal["kernels", "parity", "step"]
@@ -274,6 +272,8 @@ def _problem_errors(make_problem: ProblemMaker) -> Callable[[Use], Errors]:
 
 def _weight_gradient(sizes: LayerSizes, dtype: torch.dtype, device: torch.device) -> BackendProblem:
     """Add one more product [T, F]^T [T, H] to a float32 sum [F, H]."""
+    from reflectron.engine.model.backends.weight_gradient import gradient_extension
+
     total = random_tensor(0, 2 * sizes.ffn, sizes.hidden, dtype=torch.float32, device=device)
     inputs = random_tensor(1, 64, sizes.hidden, dtype=dtype, device=device)
     gradient = random_tensor(2, 64, 2 * sizes.ffn, dtype=dtype, device=device)
@@ -291,6 +291,8 @@ def _weight_gradient(sizes: LayerSizes, dtype: torch.dtype, device: torch.device
 
 def _update(sizes: LayerSizes, dtype: torch.dtype, device: torch.device) -> BackendProblem:
     """Update parameters [H, H + 1] three times, which are float32 whatever the model's type is."""
+    from reflectron.tools.bench.models import lone_adamw
+
     shape = (sizes.hidden, sizes.hidden + 1)
 
     def updated(backend: AdamwBackend, kind: torch.dtype) -> Outcome:

@@ -25,7 +25,6 @@ from reflectron.engine.config import AttentionBackend, LayersBackend
 from reflectron.engine.data.microbatch import Segments, segments_of, to_device
 from reflectron.engine.files import one_line
 from reflectron.engine.model.backends.attention_kernels import AttentionKernel, AttentionShape, attention_kernel, sdpa
-from reflectron.engine.model.backends.layers import lone_norm, lone_rotation, lone_swiglu, rotated_by
 from reflectron.engine.model.rope import rotary_angles
 
 # ---- attention ----
@@ -138,7 +137,7 @@ def attention_disagreement(
     return None
 
 
-# ---- layers ----
+# ---- layers: megatron-core, and Triton with it, is imported where they are compared ----
 
 # Roundings of bfloat16 are below a hundredth; what is wrong is wrong by a large share.
 _MOST_OF_LAYERS = 0.05
@@ -247,6 +246,8 @@ def _defined_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _norm(sizes: LayerSizes, dtype: torch.dtype, device: torch.device) -> BackendProblem:
     """Compare norms of [T, 1, H]."""
+    from reflectron.engine.model.backends.layers import lone_norm
+
     inputs = {
         "input": random_tensor(0, _TOKENS, 1, sizes.hidden, dtype=dtype, device=device),
         "weight": random_tensor(1, sizes.hidden, dtype=dtype, device=device),
@@ -282,6 +283,8 @@ def _norm_and_linear(sizes: LayerSizes, dtype: torch.dtype, device: torch.device
 
 def _swiglu(sizes: LayerSizes, dtype: torch.dtype, device: torch.device) -> BackendProblem:
     """Compare SwiGLU: [T, 1, 2 F] -> [T, 1, F]."""
+    from reflectron.engine.model.backends.layers import lone_swiglu
+
     inputs = {"gate and up": random_tensor(0, _TOKENS, 1, 2 * sizes.ffn, dtype=dtype, device=device)}
     gradient = random_tensor(1, _TOKENS, 1, sizes.ffn, dtype=dtype, device=device)
 
@@ -297,6 +300,8 @@ def _swiglu(sizes: LayerSizes, dtype: torch.dtype, device: torch.device) -> Back
 
 def _rotation(sizes: LayerSizes, dtype: torch.dtype, device: torch.device) -> BackendProblem:
     """Rotate grouped heads [T, 1, h, D] and [T, 1, g, D], at positions with gaps and angles of hundreds of turns."""
+    from reflectron.engine.model.backends.layers import lone_rotation, rotated_by
+
     width = sizes.head_dim
     inputs = {
         "query": random_tensor(0, _TOKENS, 1, sizes.heads, width, dtype=dtype, device=device),
