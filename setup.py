@@ -58,6 +58,8 @@ setup(
         # Exactly: the engine hooks into its layers and schedules.
         "megatron-core==0.16.1",
         "numpy>=1.26,<3",
+        # `assert_never`, which Python 3.10 does not have.
+        "typing_extensions>=4.10,<5",
         "transformers>=4.48,<6",
         "tokenizers>=0.21,<1",
         "sentencepiece>=0.2,<0.3",

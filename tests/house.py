@@ -42,7 +42,6 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 # What may be longer, and why.
 LONG_FILES = {
-    "tools/bench/head_providers.py": "every peer of the head, each with its own calling convention",
     "engine/config.py": "one dataclass a section, a docstring under every field: the configuration page in source",
     "engine/parallel/launch.py": "the launcher's whole protocol with its ranks",
     "tools/sandbox/plain_data.py": "it is copied into the sandbox as one script",
@@ -60,7 +59,7 @@ DELIBERATE: dict[str, str] = {
 LIMITS = {
     # The plan was 160 files and 2,500 lines; these hold what was reached.
     "product files": 169,
-    "lines of tools/bench": 3810,
+    "lines of tools/bench": 3800,
     f"files over {FILE_LINES} lines, not listed": 0,
     f"functions over {FUNCTION_LINES} lines, not listed": 0,
     "median function": 12,

@@ -26,6 +26,8 @@ import psutil
 from reflectron.engine.parallel.launch import SUPERVISED, ProcessPlace, die_with, free_port
 from reflectron.tools import cli
 
+RESUMED = re.compile(r"^resuming after step (\d+) ", re.MULTILINE)
+"""What a run that found a checkpoint prints; a drill that waits for it in vain fails, so it cannot go stale."""
 # Nothing of a drilled run takes so long; it only ends a drill that would hang.
 _LIMIT_S = 600.0
 _POLL_S = 0.001

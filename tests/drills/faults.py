@@ -15,7 +15,6 @@ import argparse
 import importlib
 import os
 import random
-import re
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drilled_run import DrilledRun, Life, Trap
+from drilled_run import RESUMED, DrilledRun, Life, Trap
 from injuries import Injury, injure_beside, injure_checkpoint, scatter_leftovers
 
 from reflectron.tools.bench.harness import write_tiny_run
@@ -217,7 +216,7 @@ def _named_in_refusal(life: Life, injuries: list[Injury]) -> list[Injury]:
 
 def _look_at_names(life: Life, injuries: list[Injury], tally: FaultTally) -> None:
     """Count a loss where a start that came to its checkpoint has not named the one that is damaged."""
-    resumed = re.search(r"^resuming after step (\d+) ", life.text(), re.MULTILINE)
+    resumed = RESUMED.search(life.text())
     for injury in injuries:
         # A later one was complete, though a kill came before `latest` named it.
         needed = resumed and injury.step is not None and int(resumed[1]) <= injury.step

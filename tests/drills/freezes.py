@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from drilled_run import DrilledRun, Life
+from drilled_run import RESUMED, DrilledRun, Life
 
 from reflectron.engine.parallel.launch import WATCHDOG_EXIT_CODE
 from reflectron.tools.bench.harness import write_tiny_run
@@ -147,7 +147,7 @@ class _Drill:
 
             return self.wait(life, started)
         if when == "load":
-            reached = self.wait(life, lambda: "resuming after step" in life.text())
+            reached = self.wait(life, lambda: RESUMED.search(life.text()) is not None)
         elif when == "export":
             reached = self.wait(life, lambda: any((life.run.folder / "out").glob("export*")))
             delay = 0.0

@@ -9,7 +9,6 @@ so small that nothing else takes time.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -37,7 +36,6 @@ from reflectron.engine.data.global_batch import assemble
 from reflectron.engine.data.microbatch import segments_of, to_device
 from reflectron.engine.model.backends.attention_kernels import AttentionShape, attention_kernel
 from reflectron.engine.model.backends.choose import PLAIN, choose_backends
-from reflectron.engine.model.hf_config import parse_architecture
 from reflectron.engine.parallel.process_groups import ParallelGroups, start_process_groups, stop_process_groups
 from reflectron.engine.training.build import build_model
 from reflectron.engine.training.flops import decoder_shape, training_cost
@@ -45,7 +43,7 @@ from reflectron.engine.training.step import train_step
 from reflectron.engine.weights.readers import RandomSource
 from reflectron.kernels.products import add_product, as_factor
 from reflectron.kernels.types import HeadBackend
-from reflectron.tools.bench.harness import RankClock, Row, read_plan, run_ranks
+from reflectron.tools.bench.harness import RankClock, Row, read_plan, run_ranks, small_llama
 from reflectron.tools.bench.models import Action, head_step, parts_of_layers, summed_or_copied, update
 from reflectron.tools.planner.backends import (
     CALIBRATION_SIZES,
@@ -350,7 +348,7 @@ def host_seconds(clock: RateClock) -> dict[str, float]:
 def _tiny_step(clock: RateClock, layers: int, microbatches: int) -> float:
     """Return the seconds of a step without parallelism, on every rank alike."""
     groups = clock.groups
-    arch = dataclasses.replace(TINY, num_layers=layers)
+    arch = small_llama(64, 64, 1, 1, layers, 128)
     config = Config(
         model=ModelConfig(dtype="float32" if groups.device.type == "cpu" else "bfloat16"),
         loss=LossConfig(backend="reference"),
@@ -366,19 +364,6 @@ def _tiny_step(clock: RateClock, layers: int, microbatches: int) -> float:
     batch = assemble(list(views) * ranks, config, cost, 0.5, groups.dp.rank(), ranks)
     assert len(batch.microbatches) == microbatches
     return clock.seconds(lambda: train_step(model.wrapped, model.optimizer, groups, batch, 1e-5), least=0.2)
-
-
-TINY = parse_architecture(
-    {
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": 64,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "intermediate_size": 64,
-        "vocab_size": 128,
-    }
-)
 
 
 def main() -> None:

@@ -21,11 +21,18 @@ from reflectron.engine.checkpoint.training_state import TrainingState
 from reflectron.engine.config import CheckpointConfig, Config, ModelConfig
 from reflectron.engine.model.architecture import Architecture
 from reflectron.engine.model.backends.choose import PLAIN
-from reflectron.engine.model.hf_config import parse_architecture
 from reflectron.engine.parallel.process_groups import ParallelGroups, start_process_groups, stop_process_groups
 from reflectron.engine.training.build import build_model
 from reflectron.engine.weights.readers import RandomSource
-from reflectron.tools.bench.harness import BenchRows, RankClock, new_rows_file, quantities, read_plan, run_ranks
+from reflectron.tools.bench.harness import (
+    BenchRows,
+    RankClock,
+    new_rows_file,
+    quantities,
+    read_plan,
+    run_ranks,
+    small_llama,
+)
 from reflectron.tools.provenance import provenance
 
 DISTRIBUTIONS = ("reflectron", "torch", "megatron-core")
@@ -38,21 +45,6 @@ def bench_checkpoint(out: Path, layers: Sequence[int], processes: int, rounds: i
         return run_ranks("checkpoint", plan, processes, out / "scratch")
     finally:
         shutil.rmtree(out / "scratch", ignore_errors=True)
-
-
-def architecture(layers: int) -> Architecture:
-    """Return a Llama with 12.6 million parameters a layer."""
-    return parse_architecture(
-        {
-            "model_type": "llama",
-            "hidden_size": 1024,
-            "intermediate_size": 2731,
-            "num_attention_heads": 16,
-            "num_hidden_layers": layers,
-            "rms_norm_eps": 1e-5,
-            "vocab_size": 1024,
-        }
-    )
 
 
 def training_state(arch: Architecture, config: Config, groups: ParallelGroups) -> TrainingState:
@@ -106,7 +98,8 @@ def main() -> None:
     common = provenance(DISTRIBUTIONS, cuda=groups.device.type == "cuda")
     common |= {"processes": dist.get_world_size(), "dtype": config.model.dtype, "optimizer": "adamw"}
     for layers in plan["layers"]:
-        arch = architecture(layers)
+        # 12.6 million parameters a layer.
+        arch = small_llama(1024, 2731, 16, 16, layers, 1024)
         state = training_state(arch, config, groups)
         parameters = sum(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters())
         found = measure(state, Path(plan["scratch"]) / str(layers), plan["rounds"], RankClock(groups))

@@ -41,8 +41,15 @@ from reflectron.engine.model.backends.checks import (
     relative_error,
 )
 from reflectron.engine.model.backends.choose import CANDIDATES, PLAIN, Use, attention_shape
-from reflectron.engine.model.hf_config import parse_architecture
-from reflectron.tools.bench.harness import BenchRows, Row, new_rows_file, read_rows, run_process, write_tiny_run
+from reflectron.tools.bench.harness import (
+    BenchRows,
+    Row,
+    new_rows_file,
+    read_rows,
+    run_process,
+    small_llama,
+    write_tiny_run,
+)
 from reflectron.tools.provenance import provenance
 
 Check = Literal["kernels", "parity", "step"]
@@ -210,22 +217,14 @@ class ParityCase:
     def use(self, backend: str, dtype: str, device: torch.device) -> Use:
         """Return the run that the backend is considered for."""
         heads, groups, head_dim = self.heads
-        arch = {
-            "model_type": "llama",
-            "hidden_size": heads * head_dim,
-            "intermediate_size": 8,
-            "num_attention_heads": heads,
-            "num_key_value_heads": groups,
-            "num_hidden_layers": 1,
-            "vocab_size": 8,
-        }
+        arch = small_llama(heads * head_dim, 8, heads, groups, layers=1, vocab=8)
         asked: dict[str, Any] = {self.part: backend}
         config = Config(
             model=ModelConfig(dtype="float32" if dtype == "float32" else "bfloat16"),
             parallel=ParallelConfig(context_parallel_size=2 if self.chunks else 1),
             backends=BackendsConfig(**asked),
         )
-        return Use(config, parse_architecture(arch) if self.part == "attention" else None, device)
+        return Use(config, arch if self.part == "attention" else None, device)
 
 
 def parity_rows(

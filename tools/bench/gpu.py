@@ -46,12 +46,8 @@ class GpuStage:
 
 
 def _check(name: str) -> Callable[[Path, bool, float], list[str]]:
-    return lambda out, cuda, minutes: [
-        "reflectron.tools.bench.checks",
-        name,
-        str(out / name),
-        "cuda" if cuda else "cpu",
-    ]
+    words = ["reflectron.tools.bench.checks", name]
+    return lambda out, cuda, minutes: [*words, str(out / name), "cuda" if cuda else "cpu"]
 
 
 def _train(name: str, *words: str) -> Callable[[Path, bool, float], list[str]]:
@@ -87,37 +83,20 @@ _BUILDS = ("--build", "fp8:model.fp8=current", "--build", f"torch:{_TORCH}")
 _MLP = "parallel.recompute=selective,parallel.recompute_modules=[mlp]"
 _RECOMPUTE = ("--build", f"mlp:{_MLP}", "--build", "full:parallel.recompute=full")
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        GpuStage("kernels", "the head's kernels against float64", True, 0.8, _check("kernels")),
-        GpuStage("parity", "backends of attention, layers and AdamW against float64", True, 0.7, _check("parity")),
-        GpuStage("step", "training steps against the CPU's", True, 0.9, _check("step")),
-        GpuStage("calibrate", "the rates that the planner divides by", False, 0.9, _calibrate),
-        GpuStage(
-            "train", "training steps of a 7B slice", False, 2.3, _train("train", "--shapes", "codellama-7b", *_BUILDS)
-        ),
-        GpuStage(
-            "train_34b",
-            "training steps of a 34B slice",
-            False,
-            1.7,
-            _train("train_34b", "--shapes", "codellama-34b", "--variants", "hf_reference,engine"),
-        ),
-        GpuStage(
-            "memory",
-            "peak memory against the planner's",
-            False,
-            0.7,
-            _train(
-                "memory",
-                *(*_7B, "--layers", "4", "--variants", "engine"),
-                *("--mask-rates", "0.5", *_RECOMPUTE),
-            ),
-        ),
-        GpuStage("head", "the head beside its peers", False, 1.0, _head),
-    )
-}
+_34B = ("--shapes", "codellama-34b", "--variants", "hf_reference,engine")
+_MEMORY = (*_7B, "--layers", "4", "--variants", "engine", "--mask-rates", "0.5", *_RECOMPUTE)
+
+_ALL_STAGES = (
+    GpuStage("kernels", "the head's kernels against float64", True, 0.8, _check("kernels")),
+    GpuStage("parity", "backends of attention, layers and AdamW against float64", True, 0.7, _check("parity")),
+    GpuStage("step", "training steps against the CPU's", True, 0.9, _check("step")),
+    GpuStage("calibrate", "the rates that the planner divides by", False, 0.9, _calibrate),
+    GpuStage("train", "training steps of a 7B slice", False, 2.3, _train("train", *_7B, *_BUILDS)),
+    GpuStage("train_34b", "training steps of a 34B slice", False, 1.7, _train("train_34b", *_34B)),
+    GpuStage("memory", "peak memory against the planner's", False, 0.7, _train("memory", *_MEMORY)),
+    GpuStage("head", "the head beside its peers", False, 1.0, _head),
+)
+STAGES = {stage.name: stage for stage in _ALL_STAGES}
 
 
 def chosen_stages(names: Sequence[str]) -> list[GpuStage]:

@@ -31,6 +31,7 @@ from reflectron.engine.parallel.launch import die_with, spawn_local
 if TYPE_CHECKING:
     import torch
 
+    from reflectron.engine.model.architecture import Architecture
     from reflectron.engine.parallel.process_groups import ParallelGroups
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ def spread(values: Sequence[float]) -> Row:
     return dict(zip(("p20", "p50", "p80"), found, strict=True)) | {"rounds": len(values)}
 
 
-# ---- tables, pictures and goals ----
+# ---- tables and goals ----
 
 
 @dataclass(frozen=True)
@@ -165,27 +166,6 @@ def by_key(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
-
-
-def panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """Return a figure and ``count`` axes, one below the other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(count, 1, figsize=(width, height), layout="constrained", squeeze=False)
-    for axis in axes[:, 0]:
-        axis.grid(axis="y", alpha=0.3)
-    return figure, list(axes[:, 0])
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    """Write a figure and let go of it."""
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 # ---- rounds ----
@@ -262,6 +242,29 @@ def release(device: torch.device) -> None:
 
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+
+def peak_memory(action: Callable[[], T]) -> tuple[int, T]:
+    """Return the peak of the bytes that torch allocates on CUDA while ``action`` runs, and what it returned."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    result = action()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(), result
+
+
+def profiled(action: Callable[[], T], device: torch.device) -> tuple[torch.profiler.profile, T]:
+    """Return torch's profile of ``action`` with all that it starts on ``device``, and what it returned."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
+        result = action()
+        if cuda:
+            torch.cuda.synchronize()
+    return recorded, result
 
 
 def reason_of(error: Exception) -> str:
@@ -361,6 +364,23 @@ def read_plan() -> Row:
 
 
 # ---- a run to measure ----
+
+
+def small_llama(hidden: int, ffn: int, heads: int, groups: int, layers: int, vocab: int) -> Architecture:
+    """Return a Llama whose sizes are all that matters."""
+    from reflectron.engine.model.hf_config import parse_architecture
+
+    return parse_architecture(
+        {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "num_hidden_layers": layers,
+            "vocab_size": vocab,
+        }
+    )
 
 
 def write_tiny_run(folder: Path) -> Path:

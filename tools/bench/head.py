@@ -21,6 +21,8 @@ from reflectron.tools.bench.harness import (
     BenchRows,
     collections_between_rounds,
     new_rows_file,
+    peak_memory,
+    profiled,
     reason_of,
     release,
     take_turns,
@@ -313,14 +315,11 @@ def _sm_clock_mhz() -> list[float]:
 
 def extra_memory_bytes(call: Callable[[], ProviderGradients]) -> int:
     """Return the peak of allocated memory in a call, beyond what was there before and the gradients it returns."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = call()
-    torch.cuda.synchronize()
+    peak, found = peak_memory(call)
     returned = torch.cuda.memory_allocated() - before
     del found
-    return torch.cuda.max_memory_allocated() - before - returned
+    return peak - before - returned
 
 
 def _profile(chosen: Sequence[Provider], case: HeadCase, device: torch.device, out: Path | None) -> None:
@@ -330,7 +329,7 @@ def _profile(chosen: Sequence[Provider], case: HeadCase, device: torch.device, o
         out.mkdir(parents=True, exist_ok=True)
     for provider in chosen:
         try:
-            spent = profile_call(partial(provider.step, inputs, provider.terms or "full"))
+            spent = profile_call(partial(provider.step, inputs, provider.terms or "full"), device)
         except Exception as error:
             spent = reason_of(error)
         text = f"{provider.name}: {where(asdict(case))}, one call\n{spent}\n"
@@ -339,15 +338,9 @@ def _profile(chosen: Sequence[Provider], case: HeadCase, device: torch.device, o
             (out / f"profile_{provider.name}.txt").write_text(text, encoding="utf-8")
 
 
-def profile_call(call: Call) -> str:
+def profile_call(call: Call, device: torch.device) -> str:
     """Return torch.profiler's table of one call, the longest kernel first."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     for _ in range(WARM_UP_ROUNDS):
         call()
-    with torch.profiler.profile(activities=activities) as recorded:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    recorded, _ = profiled(call, device)
     return recorded.key_averages().table(sort_by="self_device_time_total", row_limit=20, max_name_column_width=70)

@@ -241,10 +241,8 @@ def eager() -> Provider:
         return {"full": ce + kl, "ce": ce, "kl": kl}[terms] / len(x.labels)
 
     forward = torch.no_grad()(lambda x: loss(x, "full"))
-    configuration = {"logits": "float32"}
-    return Provider(
-        "eager", _step_of(loss, True), forward, sharded=True, note="all logits at once", configuration=configuration
-    )
+    note, configuration = "all logits at once", {"logits": "float32"}
+    return Provider("eager", _step_of(loss, True), forward, sharded=True, note=note, configuration=configuration)
 
 
 class _LinearFp32(torch.autograd.Function):

@@ -6,7 +6,8 @@ that was measured, and speed and memory only on the devices that their goals wer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ from reflectron.tools.bench.harness import (
     goal_table,
     is_judged,
     judge,
-    panels,
     quantities,
-    save_picture,
     table,
     title,
 )
@@ -93,12 +92,8 @@ def _error_ratios(rows: list[Row]) -> Iterator[tuple[float, str]]:
 def write_head_report(rows: list[Row], folder: Path | None) -> str:
     """Return the report as Markdown; with a folder, also write ``head.md`` and ``head.png`` into it."""
     head = title("Distillation head", rows[0]) if rows else "# Distillation head\n"
-    text = "\n".join([head, HEAD_METHOD, goal_table(head_goals(rows)), _head_notes(rows), *_head_sections(rows)])
-    if folder is not None:
-        plotted = _plot_head(rows, folder / "head.png")
-        picture = "\n![times and errors](head.png)\n" if plotted else ""
-        (folder / "head.md").write_text(text + picture, encoding="utf-8")
-    return text
+    parts = [head, HEAD_METHOD, goal_table(head_goals(rows)), _head_notes(rows), *_head_sections(rows)]
+    return save_page(folder, "head", parts, partial(_plot_head, rows), "times and errors")
 
 
 def _head_notes(rows: list[Row]) -> str:
@@ -257,11 +252,7 @@ def write_train_report(rows: list[Row], folder: Path | None) -> str:
     row = rows[0]
     parts = [title("Training steps", row | {"device": f"{row['devices']} x {row['device']}, {row['dtype']}"})]
     parts += [TRAIN_METHOD, goal_table(train_goals(rows)), *(_shape_section(rows, shape) for shape in _shapes(rows))]
-    text = "\n".join(parts)
-    if folder is not None:
-        picture = "\n![speed and where the time goes](train.png)\n" if _plot_train(rows, folder / "train.png") else ""
-        (folder / "train.md").write_text(text + picture, encoding="utf-8")
-    return text
+    return save_page(folder, "train", parts, partial(_plot_train, rows), "speed and where the time goes")
 
 
 def _shape_section(rows: list[Row], shape: str) -> str:
@@ -351,3 +342,39 @@ def _plot_train(rows: list[Row], path: Path) -> bool:
     spent.legend(fontsize="small")
     save_picture(figure, path)
     return True
+
+
+# ---- pages and pictures ----
+
+
+def save_page(folder: Path | None, name: str, parts: Iterable[str], plot: Callable[[Path], bool], alt: str) -> str:
+    """Return a page as Markdown; with a folder, also write it into ``<name>.md`` and its picture into ``<name>.png``.
+
+    ``plot`` draws the picture, and returns whether there was something to draw.
+    """
+    text = "\n".join(parts)
+    if folder is not None:
+        picture = f"\n![{alt}]({name}.png)\n" if plot(folder / f"{name}.png") else ""
+        (folder / f"{name}.md").write_text(text + picture, encoding="utf-8")
+    return text
+
+
+def panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """Return a figure and ``count`` axes, one below the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(count, 1, figsize=(width, height), layout="constrained", squeeze=False)
+    for axis in axes[:, 0]:
+        axis.grid(axis="y", alpha=0.3)
+    return figure, list(axes[:, 0])
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a figure and let go of it."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

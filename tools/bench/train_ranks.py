@@ -36,6 +36,8 @@ from reflectron.tools.bench.harness import (
     RankClock,
     Row,
     collections_between_rounds,
+    peak_memory,
+    profiled,
     read_plan,
     reason_of,
     release,
@@ -324,11 +326,8 @@ def peak_bytes(step: Step, clock: RankClock) -> tuple[float | None, tuple[float,
     """Return the peak of allocated memory in a step, on the fullest rank, and what it returned; None on the CPU."""
     if clock.groups.device.type != "cuda":
         return None, step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    result = step()
-    torch.cuda.synchronize()
-    return clock.most(torch.cuda.max_memory_allocated()), result
+    peak, result = peak_memory(step)
+    return clock.most(peak), result
 
 
 def allocated_bytes(groups: ParallelGroups) -> int:
@@ -342,11 +341,9 @@ def profile_step(step: Step, clock: RankClock) -> dict[str, float]:
     ``idle`` is the wall time in which no kernel ran; the profiler slows the host down, so it is an upper bound. Every
     rank calls it.
     """
-    cuda = clock.groups.device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as recorded:
-        seconds, _ = clock.slowest(step)
-    spent = dict.fromkeys(TIME_GROUPS, 0.0) | time_by_group(recorded.events(), cuda)
+    device = clock.groups.device
+    recorded, (seconds, _) = profiled(lambda: clock.slowest(step), device)
+    spent = dict.fromkeys(TIME_GROUPS, 0.0) | time_by_group(recorded.events(), device.type == "cuda")
     return spent | {"idle": max(seconds * 1e3 - sum(spent.values()), 0.0)}
 
 

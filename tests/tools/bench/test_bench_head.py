@@ -218,7 +218,7 @@ def test_mistakes_are_one_line(words: list[str], line: str, no_gpu: None, capsys
 
 def test_profile_shows_where_the_time_goes() -> None:
     x = make_inputs(CASE, CPU)
-    table = head.profile_call(lambda: head_providers.eager().step(x, "full"))
+    table = head.profile_call(lambda: head_providers.eager().step(x, "full"), CPU)
     assert "aten::mm" in table
     assert "log_softmax" in table
 

@@ -170,6 +170,7 @@ def test_bench_rows_can_be_read_alone(tmp_path: Path) -> None:
     assert (comparing["command"], comparing["found"]["exact"]) == ("deduplicate", 100)
     for row in (cleaning, comparing):
         assert row["documents"] == row["planted"]["documents"] == 2000
+        assert (row["metric"], row["unit"]) == ("time", "s")
         assert row["p50"] > 0
         assert row["processor_seconds"] > 0
         assert 0.01 < row["peak_memory_gib"] < 4
