@@ -42,6 +42,7 @@ PACKAGES = (
     Package("omegaconf", "omegaconf", "YAML configuration"),
     Package("PyYAML", "yaml", "YAML itself"),
     Package("packaging", "packaging", "compares versions"),
+    Package("typing_extensions", "typing_extensions", "choices that a type checker holds to be exhaustive"),
     Package("numpy", "numpy", "token ids, packing"),
     Package("rich", "rich", "progress and tables"),
     Package("tensorboard", "tensorboard", "event files under <output_dir>/tensorboard"),
