@@ -111,6 +111,8 @@ def test_a_time_limit_requeues_and_nothing_is_lost(
     steps_before = len(job.rows())
     # Until its old credential is out of date, two minutes, a requeued job rests; seconds will do to tell them apart.
     job.update("StartTime=now+3")
+    # The limit that was set above counts from the new start, and a slow machine would meet it again.
+    job.update("TimeLimit=60")
     wait_until(lambda: job.is_in("COMPLETED"), "the end", job.failed)
 
     shown = job.show()
