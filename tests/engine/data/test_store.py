@@ -267,6 +267,7 @@ def test_damaged_store_is_built_again(tmp_path: Path, tokenizer: Tokenizer, dama
     assert contents(folder) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_build_is_completed_by_the_next(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     file = write_lines(tmp_path / "a.jsonl", GOOD * 60)

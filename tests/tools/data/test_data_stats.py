@@ -94,6 +94,7 @@ def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_hours_of_a_model_on_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(FOLDER.parent / "recipes" / "models" / "codellama-7b.json")
     words = ("--tokenizer", TOKENIZER, "--data", REFLECTION, "--steps", "1", "--plan", model, "--gpus", "8")
