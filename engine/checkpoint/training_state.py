@@ -30,6 +30,7 @@ from reflectron.engine.model.gpt import PackedGPT
 from reflectron.engine.model.hf_mapping import HfPiece, hf_pieces, tied_copy
 from reflectron.engine.model.parallelize import gather_parameters
 from reflectron.engine.optim.adafactor import Adafactor
+from reflectron.engine.optim.optimizer import optimizer_parts
 from reflectron.engine.parallel.process_groups import ParallelGroups, ParameterGroups
 from reflectron.engine.weights.dist_metadata import CONTENT
 
@@ -98,8 +99,7 @@ class TrainingState:
 
     @property
     def _parts(self) -> Sequence[MegatronOptimizer]:
-        """megatron-core's optimizers: one for dense parameters and, where there are experts, one for theirs."""
-        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return optimizer_parts(self.optimizer)
 
     @property
     def _kept_keys(self) -> tuple[str, ...]:
@@ -113,6 +113,15 @@ class TrainingState:
     def _initialize(self) -> list[torch.optim.Optimizer]:
         """Return torch's optimizer of each part, its state there as after a first step."""
         return [_initialized(part) for part in self._parts]
+
+    def _initialized_states(self, *, factored: bool) -> dict[torch.Tensor, dict[str, Any]]:
+        """Return the state of each main parameter that has Adafactor's averages, or of those that have moments."""
+        return {
+            parameter: state
+            for inner in self._initialize()
+            if isinstance(inner, Adafactor) == factored
+            for parameter, state in inner.state.items()
+        }
 
     def _begin_optimizer(self) -> None:
         """Give an optimizer that has not made an update yet the state from which its first one starts.
@@ -188,12 +197,7 @@ class TrainingState:
 
     def _plain_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Yield (parameter's name, key, tensor of the parameter's shape)."""
-        moments = {
-            parameter: state
-            for inner in self._initialize()
-            if not isinstance(inner, Adafactor)
-            for parameter, state in inner.state.items()
-        }
+        moments = self._initialized_states(factored=False)
         for name, parameter in self._named_parameters():
             main = getattr(parameter, "main_param", parameter)
             for key in self._kept_keys:
@@ -223,12 +227,7 @@ class TrainingState:
 
     def _average_shares(self) -> Iterator[_AverageShare]:
         """Yield Adafactor's averages; nothing with AdamW."""
-        averages = {
-            parameter: state
-            for inner in self._initialize()
-            if isinstance(inner, Adafactor)
-            for parameter, state in inner.state.items()
-        }
+        averages = self._initialized_states(factored=True)
         if not averages:
             return
         tied = tied_copy(self.chunks, self.arch)

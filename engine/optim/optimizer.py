@@ -133,7 +133,7 @@ def gradient_axes(optimizer: MegatronOptimizer) -> list[GradientAxis]:
     """Return the gradients of each part of the optimizer, beside the group that its statistics are summed over."""
     return [
         GradientAxis(part.get_main_grads_for_grad_norm(), part.get_grad_stats_parallel_group())
-        for part in _parts(optimizer)
+        for part in optimizer_parts(optimizer)
     ]
 
 
@@ -155,7 +155,7 @@ def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     After ``squared_gradient_norm`` it completes what ``MegatronOptimizer.step`` does at once, so that the caller can
     skip the update in between.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if parameters := part.get_parameters():
             clip_grad_by_total_norm_fp32(
                 parameters,
@@ -166,7 +166,7 @@ def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     optimizer.step_with_ready_grads()
 
 
-def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
     """Return the optimizers of a chain, one for each kind of parameter, or the only one there is."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 

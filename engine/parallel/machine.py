@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 from packaging.version import Version
 
 from reflectron.engine.config import Config
+from reflectron.engine.files import installed_version
 
 # The first whose FusedAdam keeps moments in bfloat16; FP8 by current scaling is older. megatron-core 0.16.1 asks for it
 # when state is offloaded, too.
@@ -36,7 +35,5 @@ def check_machine(config: Config) -> None:
 
 
 def _transformer_engine() -> Version | None:
-    try:
-        return Version(importlib.metadata.version("transformer-engine"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    version = installed_version("transformer-engine")
+    return None if version is None else Version(version)

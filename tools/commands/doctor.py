@@ -16,7 +16,7 @@ import subprocess
 import warnings
 from dataclasses import dataclass
 
-from reflectron.engine.files import one_line
+from reflectron.engine.files import installed_version, one_line
 from reflectron.engine.terminal import console
 
 
@@ -113,9 +113,8 @@ def examine(package: Package, accepted: str | None) -> tuple[str, str | None]:
     """
     from packaging.specifiers import SpecifierSet
 
-    try:
-        version = importlib.metadata.version(package.distribution)
-    except importlib.metadata.PackageNotFoundError:
+    version = installed_version(package.distribution)
+    if version is None:
         return "", "not installed" if accepted is None else "missing"
     if accepted is not None and not SpecifierSet(accepted).contains(version, prereleases=True):
         return version, f"expected {accepted}"

@@ -8,7 +8,6 @@ starts.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from reflectron.engine.config import AdamwBackend, AttentionBackend, Config, LayersBackend, WeightGradientBackend
-from reflectron.engine.files import one_line
+from reflectron.engine.files import installed_version, one_line
 from reflectron.engine.model.architecture import Architecture, linear_layers
 from reflectron.engine.model.backends.attention_kernels import AttentionShape
 from reflectron.engine.model.backends.checks import (
@@ -144,9 +143,8 @@ def without_cuda(use: Use) -> str | None:
 
 def without_package(distribution: str, module: str, install: str, at_least: str = "0") -> str | None:
     """Object where ``module`` of ``distribution`` cannot be imported; ``install`` says how to get it."""
-    try:
-        version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+    version = installed_version(distribution)
+    if version is None:
         return f"{distribution} is not installed ({install})"
     if Version(version) < Version(at_least):
         return f"needs {distribution} {at_least} or newer, not {version} ({install})"

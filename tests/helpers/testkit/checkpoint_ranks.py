@@ -41,6 +41,7 @@ from reflectron.engine.data.tokenization import tokenize
 from reflectron.engine.data.views import make_views
 from reflectron.engine.model.backends.choose import choose_backends
 from reflectron.engine.model.inputs import ModelInputs, read_model_inputs
+from reflectron.engine.optim.optimizer import optimizer_parts
 from reflectron.engine.parallel.cpu_backend import redirect_cuda_to_cpu
 from reflectron.engine.parallel.process_groups import ParallelGroups, model_parallel_groups, stop_process_groups
 from reflectron.engine.training.build import TrainableModel, load_model, make_trainable
@@ -105,7 +106,7 @@ class Training:
                 if ".mlp." in name:
                     parameter.allreduce = False  # type: ignore[attr-defined]
         model = make_trainable(chunks, config, inputs.arch, groups, backends)
-        assert len(getattr(model.optimizer, "chained_optimizers", [model.optimizer])) == 1 + as_experts
+        assert len(optimizer_parts(model.optimizer)) == 1 + as_experts
         state = TrainingState(model.chunks, model.optimizer, inputs.arch, groups)
         return Training(model, state, golden_batch(config, inputs, groups))
 

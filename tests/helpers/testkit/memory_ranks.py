@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from reflectron.engine.optim.optimizer import optimizer_parts
 from reflectron.engine.parallel.process_groups import ParallelGroups
 from reflectron.engine.training.build import build_model, weight_source
 from reflectron.engine.training.step import train_step
@@ -79,7 +80,7 @@ def run_job(job: Job, groups: ParallelGroups) -> None:
         train_step(model.wrapped, optimizer, groups, batch, 1e-3)
     # float32 copies of bfloat16 parameters are the optimizer's own parameters.
     masters = [p for group in optimizer.param_groups for p in group["params"] if p.dtype != parameters[0].dtype]
-    states = [t for o in getattr(optimizer, "chained_optimizers", [optimizer]) for t in optimizer_tensors(o)]
+    states = [t for o in optimizer_parts(optimizer) for t in optimizer_tensors(o)]
     measured = {
         "parameters": sum(p.nbytes for p in parameters),
         "gradients": sum(p.main_grad.nbytes for p in parameters),
